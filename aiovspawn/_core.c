@@ -1,0 +1,852 @@
+/* The Python face of launch.c and hub.c: types Hub and Launch.
+ *
+ * Converts arguments, copies them into the launch's block, and turns -errno into
+ * OSError. It never clones and never touches a file descriptor itself. Nothing
+ * the child reads belongs to Python: every string is copied.
+ *
+ * Neither type holds a Python object, so neither takes part in garbage
+ * collection. A Launch is known to its hub by its number, which events carry.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "hub.h"
+#include "launch.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <string.h>
+
+typedef struct {
+    PyTypeObject *hub_type;
+    PyTypeObject *launch_type;
+} core_state;
+
+typedef struct {
+    PyObject_HEAD
+    struct hub *hub; /* NULL once closed */
+} HubObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct launch *launch; /* NULL once closed */
+    uint64_t id;
+    pid_t pid;
+    bool contended;
+    enum spawn_rung rung;
+} LaunchObject;
+
+static PyModuleDef core_module;
+
+static core_state *state_of(PyTypeObject *type)
+{
+    return PyModule_GetState(PyType_GetModuleByDef(type, &core_module));
+}
+
+static PyObject *raise_errno(int negative)
+{
+    errno = -negative;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* ---- arguments into a block -------------------------------------------------- */
+
+/* A list of bytes objects, NUL-free, from a sequence of str, bytes or PathLike. */
+static PyObject *fs_encode_all(PyObject *sequence)
+{
+    PyObject *fast = PySequence_Fast(sequence, "expected a sequence");
+    if (!fast)
+        return NULL;
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(fast);
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t i = 0; list && i < count; i++) {
+        PyObject *encoded = NULL;
+        if (PyUnicode_FSConverter(PySequence_Fast_GET_ITEM(fast, i), &encoded))
+            PyList_SET_ITEM(list, i, encoded);
+        else
+            Py_CLEAR(list);
+    }
+    Py_DECREF(fast);
+    return list;
+}
+
+static size_t strings_size(PyObject *list)
+{
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    size_t size = ((size_t)count + 1) * sizeof(char *) + 16;
+    for (Py_ssize_t i = 0; i < count; i++)
+        size += (size_t)PyBytes_GET_SIZE(PyList_GET_ITEM(list, i)) + 1 + 15;
+    return size;
+}
+
+static char *put_string(struct block *block, const char *string, size_t length)
+{
+    char *copy = block_take(block, length + 1);
+    if (copy) {
+        memcpy(copy, string, length);
+        copy[length] = '\0';
+    }
+    return copy;
+}
+
+static char **put_strings(struct block *block, PyObject *list)
+{
+    Py_ssize_t count = PyList_GET_SIZE(list);
+    char **array = block_take(block, ((size_t)count + 1) * sizeof *array);
+    if (!array)
+        return NULL;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PyList_GET_ITEM(list, i);
+        array[i] = put_string(block, PyBytes_AS_STRING(item), (size_t)PyBytes_GET_SIZE(item));
+        if (!array[i])
+            return NULL;
+    }
+    array[count] = NULL;
+    return array;
+}
+
+extern char **environ;
+
+static size_t environ_size(size_t *ret_count)
+{
+    size_t count = 0, size = sizeof(char *) + 16;
+    for (; environ && environ[count]; count++)
+        size += sizeof(char *) + strlen(environ[count]) + 1 + 15;
+    *ret_count = count;
+    return size;
+}
+
+/* The C environment as it is now: the child may exec later, and another thread's
+ * putenv() may have freed its strings by then. */
+static char **put_environ(struct block *block, size_t count)
+{
+    char **array = block_take(block, (count + 1) * sizeof *array);
+    if (!array)
+        return NULL;
+    size_t i = 0;
+    for (; i < count && environ && environ[i]; i++) {
+        array[i] = put_string(block, environ[i], strlen(environ[i]));
+        if (!array[i])
+            return NULL;
+    }
+    array[i] = NULL;
+    return array;
+}
+
+/* A step is (op, a, b, data or None). */
+static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *ret_data)
+{
+    int op;
+    ret_data->obj = NULL;
+    if (!PyTuple_Check(item)) {
+        PyErr_SetString(PyExc_TypeError, "a step is a tuple");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(item, "illz*:step", &op, &ret_step->a, &ret_step->b, ret_data))
+        return -1;
+    if (op < SPAWN_CHDIR || op > SPAWN_SETUID) {
+        PyBuffer_Release(ret_data);
+        PyErr_Format(PyExc_ValueError, "no such step: %d", op);
+        return -1;
+    }
+    ret_step->op = (enum spawn_op)op;
+    return 0;
+}
+
+static size_t steps_size(PyObject *steps)
+{
+    size_t size = (size_t)PyTuple_GET_SIZE(steps) * sizeof(struct spawn_step) + 16;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
+        struct spawn_step step;
+        Py_buffer data;
+        if (parse_step(PyTuple_GET_ITEM(steps, i), &step, &data) < 0)
+            return 0;
+        size += (size_t)data.len + 1 + 15;
+        PyBuffer_Release(&data);
+    }
+    return size;
+}
+
+static struct spawn_step *put_steps(struct block *block, PyObject *steps)
+{
+    size_t count = (size_t)PyTuple_GET_SIZE(steps);
+    struct spawn_step *array = block_take(block, count * sizeof *array);
+    for (size_t i = 0; array && i < count; i++) {
+        Py_buffer data;
+        if (parse_step(PyTuple_GET_ITEM(steps, (Py_ssize_t)i), &array[i], &data) < 0)
+            return NULL;
+        array[i].data = data.buf ? put_string(block, data.buf, (size_t)data.len) : NULL;
+        bool complete = !data.buf || array[i].data;
+        PyBuffer_Release(&data);
+        if (!complete)
+            return NULL;
+    }
+    return array;
+}
+
+/* pass_fds ascend and have no duplicates, as the table of steps needs it. */
+static int *put_pass_fds(struct block *block, PyObject *pass_fds)
+{
+    size_t count = (size_t)PyTuple_GET_SIZE(pass_fds);
+    int *array = block_take(block, count * sizeof *array);
+    for (size_t i = 0; array && i < count; i++) {
+        long fd = PyLong_AsLong(PyTuple_GET_ITEM(pass_fds, (Py_ssize_t)i));
+        if (fd == -1 && PyErr_Occurred())
+            return NULL;
+        if (fd < 0 || fd > INT32_MAX || (i > 0 && fd <= array[i - 1])) {
+            PyErr_SetString(PyExc_ValueError, "bad value(s) in pass_fds");
+            return NULL;
+        }
+        array[i] = (int)fd;
+    }
+    return array;
+}
+
+/* The arguments of Hub.launch(), borrowed, or encoded and owned. */
+struct launch_arguments {
+    PyObject *programs, *argv, *env; /* env: list or NULL for the C environment */
+    PyObject *pass_fds, *steps;
+    int stdio[3];
+    int close_fds, pipe_size;
+};
+
+static size_t arena_size(const struct launch_arguments *args, size_t *ret_environ_count)
+{
+    size_t steps = steps_size(args->steps);
+    if (steps == 0)
+        return 0;
+    struct spawn_request counted = {
+        .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
+        .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
+    };
+    size_t table = spawn_step_bound(&counted) * sizeof(struct spawn_step) + 16;
+    size_t fds = counted.pass_fd_count * sizeof(int) + 16;
+    size_t env = args->env ? strings_size(args->env) : environ_size(ret_environ_count);
+    return steps + table + fds + env + strings_size(args->argv) + strings_size(args->programs);
+}
+
+static bool fill_block(struct block *block, const struct launch_arguments *args, size_t environ_count)
+{
+    struct spawn_request *request = &block->request;
+    *request = (struct spawn_request){
+        .programs = (const char *const *)put_strings(block, args->programs),
+        .argv = put_strings(block, args->argv),
+        .envp = args->env ? put_strings(block, args->env) : put_environ(block, environ_count),
+        .stdio = {args->stdio[0], args->stdio[1], args->stdio[2]},
+        .pipe_size = args->pipe_size,
+        .close_fds = args->close_fds,
+        .pass_fds = put_pass_fds(block, args->pass_fds),
+        .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
+        .steps = put_steps(block, args->steps),
+        .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
+    };
+    block->child.steps = block_take(block, spawn_step_bound(request) * sizeof(struct spawn_step));
+    return request->programs && request->argv && request->envp && request->pass_fds && request->steps &&
+           block->child.steps;
+}
+
+static struct block *make_block(const struct launch_arguments *args)
+{
+    size_t environ_count = 0;
+    size_t size = arena_size(args, &environ_count);
+    if (size == 0)
+        return NULL;
+    struct block *block = block_new(size);
+    if (!block) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    if (!fill_block(block, args, environ_count)) {
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
+        block_free(block);
+        return NULL;
+    }
+    return block;
+}
+
+/* ---- the ladder ---------------------------------------------------------------- */
+
+static const char *const rung_names[SPAWN_RUNGS] = {
+    [SPAWN_DETACHED_CLONE3] = "detached-clone3",
+    [SPAWN_DETACHED_CLONE] = "detached-clone",
+    [SPAWN_VFORK] = "vfork",
+    [SPAWN_FORK] = "fork",
+};
+
+/* What the process has found out: the first rung that was not refused, and
+ * whether the user has forced one. */
+static atomic_int rung_in_use;
+static atomic_bool rung_forced;
+
+static bool is_refusal(int result, enum spawn_op op)
+{
+    return op == SPAWN_CLONE && (result == -ENOSYS || result == -EPERM || result == -EINVAL);
+}
+
+/* One rung. Those that wait for the child's exec let other threads run. */
+static int start_on(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+                    enum spawn_op *ret_op)
+{
+    int result;
+    if (spawn_is_detached(rung))
+        return launch_start(hub, block, rung, ret_launch, ret_op);
+    Py_BEGIN_ALLOW_THREADS
+    result = launch_start(hub, block, rung, ret_launch, ret_op);
+    Py_END_ALLOW_THREADS
+    return result;
+}
+
+/* Starts at the rung in use and steps down where one is refused, also when that
+ * happens only now: a filter may have been installed since the last launch. */
+static int start_on_ladder(struct hub *hub, struct block *block, enum spawn_rung *ret_rung,
+                           struct launch **ret_launch, enum spawn_op *ret_op)
+{
+    int rung = atomic_load(&rung_in_use);
+    int result = start_on(hub, block, (enum spawn_rung)rung, ret_launch, ret_op);
+    while (is_refusal(result, *ret_op) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
+        result = start_on(hub, block, (enum spawn_rung)++rung, ret_launch, ret_op);
+    if (result == 0 && !atomic_load(&rung_forced))
+        atomic_store(&rung_in_use, rung);
+    *ret_rung = (enum spawn_rung)rung;
+    return result;
+}
+
+static PyObject *core_rung(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return PyUnicode_FromString(rung_names[atomic_load(&rung_in_use)]);
+}
+
+static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
+{
+    if (name == Py_None) {
+        atomic_store(&rung_forced, false);
+        atomic_store(&rung_in_use, SPAWN_DETACHED_CLONE3);
+        Py_RETURN_NONE;
+    }
+    const char *wanted = PyUnicode_AsUTF8(name);
+    if (!wanted)
+        return NULL;
+    for (int rung = 0; rung < SPAWN_RUNGS; rung++)
+        if (strcmp(wanted, rung_names[rung]) == 0) {
+            atomic_store(&rung_in_use, rung);
+            atomic_store(&rung_forced, true);
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "no such rung: %R", name);
+}
+
+/* ---- Launch ---------------------------------------------------------------------- */
+
+static PyObject *new_launch_object(core_state *state, struct launch *launch, enum spawn_rung rung)
+{
+    LaunchObject *self = PyObject_New(LaunchObject, state->launch_type);
+    if (!self) {
+        (void)launch_signal(launch, SIGKILL);
+        launch_disown(launch);
+        return NULL;
+    }
+    self->launch = launch;
+    self->id = launch->id;
+    self->pid = launch->pid;
+    self->contended = launch->contended;
+    self->rung = rung;
+    return (PyObject *)self;
+}
+
+static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct launch *launch = self->launch;
+    self->launch = NULL;
+    if (launch)
+        launch_disown(launch);
+    Py_RETURN_NONE;
+}
+
+static void Launch_dealloc(LaunchObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->launch)
+        launch_disown(self->launch);
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static struct launch *open_launch(LaunchObject *self)
+{
+    if (!self->launch)
+        PyErr_SetString(PyExc_ValueError, "the launch is closed");
+    return self->launch;
+}
+
+static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct launch *launch = open_launch(self);
+    if (!launch)
+        return NULL;
+    if (!launch_poll(launch))
+        Py_RETURN_NONE;
+    return PyLong_FromLong(launch->returncode);
+}
+
+static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
+{
+    long sig = PyLong_AsLong(argument);
+    if (sig == -1 && PyErr_Occurred())
+        return NULL;
+    struct launch *launch = open_launch(self);
+    if (!launch)
+        return NULL;
+    int result = launch_signal(launch, (int)sig);
+    if (result < 0)
+        return raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_write(LaunchObject *self, PyObject *argument)
+{
+    struct launch *launch = open_launch(self);
+    Py_buffer data;
+    if (!launch || PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    ssize_t written = launch_write(launch, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    if (written == -EAGAIN || written == -EINTR)
+        written = 0;
+    return written < 0 ? raise_errno((int)written) : PyLong_FromSsize_t(written);
+}
+
+static int parse_pipe(int fd)
+{
+    if (fd >= LAUNCH_STDIN && fd <= LAUNCH_STDERR)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "fd must be 0, 1 or 2");
+    return -1;
+}
+
+static PyObject *Launch_watch(LaunchObject *self, PyObject *args)
+{
+    int fd, watch;
+    if (!PyArg_ParseTuple(args, "ip:watch", &fd, &watch) || parse_pipe(fd) < 0)
+        return NULL;
+    struct launch *launch = open_launch(self);
+    if (!launch)
+        return NULL;
+    int result = launch_watch(launch, (enum launch_slot)fd, watch);
+    if (result < 0)
+        return raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
+        return NULL;
+    if (self->launch)
+        launch_close_pipe(self->launch, (enum launch_slot)fd);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
+        return NULL;
+    return PyLong_FromLong(self->launch ? launch_slot_fd(self->launch, (enum launch_slot)fd) : -1);
+}
+
+static PyObject *Launch_rusage(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct launch *launch = open_launch(self);
+    if (!launch)
+        return NULL;
+    if (!launch->exited)
+        Py_RETURN_NONE;
+    const struct rusage *usage = &launch->usage;
+    return Py_BuildValue("ddllllllllllllll", (double)usage->ru_utime.tv_sec + 1e-6 * (double)usage->ru_utime.tv_usec,
+                         (double)usage->ru_stime.tv_sec + 1e-6 * (double)usage->ru_stime.tv_usec, usage->ru_maxrss,
+                         usage->ru_ixrss, usage->ru_idrss, usage->ru_isrss, usage->ru_minflt, usage->ru_majflt,
+                         usage->ru_nswap, usage->ru_inblock, usage->ru_oublock, usage->ru_msgsnd,
+                         usage->ru_msgrcv, usage->ru_nsignals, usage->ru_nvcsw, usage->ru_nivcsw);
+}
+
+static PyObject *Launch_get_id(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(self->id);
+}
+
+static PyObject *Launch_get_pid(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->pid);
+}
+
+static PyObject *Launch_get_pidfd(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->launch ? launch_slot_fd(self->launch, LAUNCH_PIDFD) : -1);
+}
+
+static PyObject *Launch_get_contended(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->contended);
+}
+
+static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->launch && self->launch->status_lost);
+}
+
+static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyUnicode_FromString(self->rung == SPAWN_RUNGS ? "popen" : rung_names[self->rung]);
+}
+
+static PyMethodDef Launch_methods[] = {
+    {"close", (PyCFunction)Launch_close, METH_NOARGS, NULL},
+    {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
+    {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
+    {"write", (PyCFunction)Launch_write, METH_O, NULL},
+    {"watch", (PyCFunction)Launch_watch, METH_VARARGS, NULL},
+    {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
+    {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
+    {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
+    {NULL},
+};
+
+static PyGetSetDef Launch_getset[] = {
+    {"id", (getter)Launch_get_id, NULL, NULL, NULL},
+    {"pid", (getter)Launch_get_pid, NULL, NULL, NULL},
+    {"pidfd", (getter)Launch_get_pidfd, NULL, NULL, NULL},
+    {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
+    {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
+    {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
+    {NULL},
+};
+
+static PyType_Slot Launch_slots[] = {
+    {Py_tp_doc, (void *)"A child process and the parent's ends of its pipes."},
+    {Py_tp_dealloc, (void *)Launch_dealloc},
+    {Py_tp_methods, Launch_methods},
+    {Py_tp_getset, Launch_getset},
+    {0, NULL},
+};
+
+static PyType_Spec Launch_spec = {
+    .name = "aiovspawn._core.Launch",
+    .basicsize = sizeof(LaunchObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Launch_slots,
+};
+
+/* ---- Hub -------------------------------------------------------------------------- */
+
+static PyObject *Hub_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    if (PyTuple_GET_SIZE(args) || (kwargs && PyDict_GET_SIZE(kwargs))) {
+        PyErr_SetString(PyExc_TypeError, "Hub() takes no arguments");
+        return NULL;
+    }
+    HubObject *self = (HubObject *)type->tp_alloc(type, 0);
+    int result = self ? hub_new(&self->hub) : 0;
+    if (result < 0) {
+        Py_DECREF(self);
+        return raise_errno(result);
+    }
+    return (PyObject *)self;
+}
+
+static PyObject *Hub_close(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (self->hub)
+        hub_close(self->hub);
+    Py_RETURN_NONE;
+}
+
+static void Hub_dealloc(HubObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->hub)
+        hub_free(self->hub);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *Hub_fileno(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyLong_FromLong(self->hub->epoll_fd);
+}
+
+/* The failed step goes with the exception, as its attribute `step`. */
+static PyObject *raise_step(int result, enum spawn_op op)
+{
+    PyObject *error = PyObject_CallFunction(PyExc_OSError, "is", -result, strerror(-result));
+    PyObject *step = PyLong_FromLong(op);
+    if (error && step && PyObject_SetAttrString(error, "step", step) == 0)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+    Py_XDECREF(error);
+    Py_XDECREF(step);
+    return NULL;
+}
+
+static PyObject *launch_arguments_block(HubObject *self, struct launch_arguments *args)
+{
+    struct launch *launch = NULL;
+    enum spawn_rung rung;
+    enum spawn_op op;
+    struct block *block = make_block(args);
+    if (!block)
+        return NULL;
+    int result = start_on_ladder(self->hub, block, &rung, &launch, &op);
+    if (result == 0)
+        return new_launch_object(state_of(Py_TYPE(self)), launch, rung);
+    if (!launch)
+        block_free(block);
+    return raise_step(result, op);
+}
+
+/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size) */
+static PyObject *Hub_launch(HubObject *self, PyObject *tuple)
+{
+    struct launch_arguments args = {0};
+    PyObject *programs, *argv, *env, *launch = NULL;
+    if (!PyArg_ParseTuple(tuple, "OOO(iii)O!O!pi:launch", &programs, &argv, &env, &args.stdio[0], &args.stdio[1],
+                          &args.stdio[2], &PyTuple_Type, &args.pass_fds, &PyTuple_Type, &args.steps,
+                          &args.close_fds, &args.pipe_size))
+        return NULL;
+    args.programs = fs_encode_all(programs);
+    args.argv = args.programs ? fs_encode_all(argv) : NULL;
+    bool encoded = args.argv != NULL;
+    if (encoded && env != Py_None) {
+        args.env = fs_encode_all(env);
+        encoded = args.env != NULL;
+    }
+    if (encoded)
+        launch = launch_arguments_block(self, &args);
+    Py_XDECREF(args.programs);
+    Py_XDECREF(args.argv);
+    Py_XDECREF(args.env);
+    return launch;
+}
+
+/* adopt(pid, (stdin, stdout, stderr)): parent ends, -1 where there is none */
+static PyObject *Hub_adopt(HubObject *self, PyObject *args)
+{
+    int pid, ends[3];
+    struct launch *launch = NULL;
+    if (!PyArg_ParseTuple(args, "i(iii):adopt", &pid, &ends[0], &ends[1], &ends[2]))
+        return NULL;
+    int result = launch_adopt(self->hub, pid, ends, &launch);
+    if (result < 0)
+        return raise_errno(result);
+    return new_launch_object(state_of(Py_TYPE(self)), launch, SPAWN_RUNGS);
+}
+
+static PyObject *event_value(const struct hub_event *event)
+{
+    switch (event->kind) {
+    case HUB_STDOUT:
+    case HUB_STDERR:
+        if (event->value)
+            break;
+        return PyBytes_FromStringAndSize(event->data, (Py_ssize_t)event->size);
+    case HUB_FAILED:
+        return Py_BuildValue("(ii)", (int)event->step, event->value);
+    case HUB_STDIN:
+    case HUB_EXECED:
+    case HUB_EXITED:
+        break;
+    }
+    return PyLong_FromLong(event->value);
+}
+
+/* A list of (launch id, kind, value); see _hub.py for what they mean. */
+static PyObject *event_list(const struct hub *hub, int count)
+{
+    if (count < 0)
+        return raise_errno(count);
+    PyObject *list = PyList_New(count);
+    for (int i = 0; list && i < count; i++) {
+        const struct hub_event *event = &hub->events[i];
+        PyObject *value = event_value(event);
+        PyObject *tuple = value ? Py_BuildValue("(KiN)", (unsigned long long)event->id, (int)event->kind, value) : NULL;
+        if (tuple)
+            PyList_SET_ITEM(list, i, tuple);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *Hub_drain(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    return event_list(self->hub, hub_drain(self->hub));
+}
+
+static PyObject *Hub_sweep(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    return event_list(self->hub, hub_sweep(self->hub));
+}
+
+static PyMethodDef Hub_methods[] = {
+    {"launch", (PyCFunction)Hub_launch, METH_VARARGS, NULL},
+    {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
+    {"drain", (PyCFunction)Hub_drain, METH_NOARGS, NULL},
+    {"sweep", (PyCFunction)Hub_sweep, METH_NOARGS, NULL},
+    {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
+    {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},
+    {NULL},
+};
+
+static PyType_Slot Hub_slots[] = {
+    {Py_tp_doc, (void *)"The epoll set of one event loop; for that loop's thread only."},
+    {Py_tp_new, (void *)Hub_new},
+    {Py_tp_dealloc, (void *)Hub_dealloc},
+    {Py_tp_methods, Hub_methods},
+    {0, NULL},
+};
+
+static PyType_Spec Hub_spec = {
+    .name = "aiovspawn._core.Hub",
+    .basicsize = sizeof(HubObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = Hub_slots,
+};
+
+/* ---- the module --------------------------------------------------------------------- */
+
+static PyObject *core_reap_orphans(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return PyLong_FromSize_t(launch_reap_orphans());
+}
+
+static PyObject *core_in_flight_before(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long long id = PyLong_AsUnsignedLongLong(argument);
+    if (id == (unsigned long long)-1 && PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(launch_in_flight_before(id));
+}
+
+static PyObject *core_probe_pidfd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    int result = launch_probe_pidfd();
+    if (result < 0)
+        return raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *core_counts(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    struct launch_counts counts = launch_count();
+    return Py_BuildValue("{snsnsnsn}", "launches", (Py_ssize_t)counts.launches, "orphans",
+                         (Py_ssize_t)counts.orphans, "in_flight", (Py_ssize_t)counts.in_flight, "free_blocks",
+                         (Py_ssize_t)counts.free_blocks);
+}
+
+static PyMethodDef core_methods[] = {
+    {"rung", core_rung, METH_NOARGS, NULL},
+    {"force_rung", core_force_rung, METH_O, NULL},
+    {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
+    {"in_flight_before", core_in_flight_before, METH_O, NULL},
+    {"probe_pidfd", core_probe_pidfd, METH_NOARGS, NULL},
+    {"counts", core_counts, METH_NOARGS, NULL},
+    {NULL},
+};
+
+static int add_step_names(PyObject *module)
+{
+    PyObject *names = PyTuple_New(SPAWN_OPS);
+    for (int op = 0; names && op < SPAWN_OPS; op++) {
+        PyObject *name = PyUnicode_FromString(spawn_step_names[op]);
+        if (name)
+            PyTuple_SET_ITEM(names, op, name);
+        else
+            Py_CLEAR(names);
+    }
+    int result = PyModule_AddObjectRef(module, "STEP_NAMES", names);
+    Py_XDECREF(names);
+    return result;
+}
+
+static int add_steps(PyObject *module)
+{
+    static const struct {
+        const char *name;
+        enum spawn_op op;
+    } steps[] = {
+        {"STEP_CHDIR", SPAWN_CHDIR},
+        {"STEP_UMASK", SPAWN_UMASK},
+        {"STEP_RESTORE_SIGNALS", SPAWN_RESTORE_SIGNALS},
+        {"STEP_SETSID", SPAWN_SETSID},
+        {"STEP_SETPGID", SPAWN_SETPGID},
+        {"STEP_SETGROUPS", SPAWN_SETGROUPS},
+        {"STEP_SETGID", SPAWN_SETGID},
+        {"STEP_SETUID", SPAWN_SETUID},
+        {"STEP_EXEC", SPAWN_EXEC},
+    };
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)
+        if (PyModule_AddIntConstant(module, steps[i].name, steps[i].op) < 0)
+            return -1;
+    return 0;
+}
+
+static int core_exec(PyObject *module)
+{
+    core_state *state = PyModule_GetState(module);
+    int result = launch_init();
+    if (result < 0) {
+        raise_errno(result);
+        return -1;
+    }
+    state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Launch_spec, NULL);
+    state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
+    if (!state->launch_type || !state->hub_type)
+        return -1;
+    if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0)
+        return -1;
+    return add_step_names(module) < 0 ? -1 : add_steps(module);
+}
+
+static int core_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    core_state *state = PyModule_GetState(module);
+    Py_VISIT(state->hub_type);
+    Py_VISIT(state->launch_type);
+    return 0;
+}
+
+static int core_clear(PyObject *module)
+{
+    core_state *state = PyModule_GetState(module);
+    Py_CLEAR(state->hub_type);
+    Py_CLEAR(state->launch_type);
+    return 0;
+}
+
+static PyModuleDef_Slot core_slots[] = {
+    {Py_mod_exec, (void *)core_exec},
+#if PY_VERSION_HEX >= 0x030C0000
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#if PY_VERSION_HEX >= 0x030D0000
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
+static PyModuleDef core_module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "aiovspawn._core",
+    .m_doc = "Launches and hubs: the C core of aiovspawn.",
+    .m_size = sizeof(core_state),
+    .m_methods = core_methods,
+    .m_slots = core_slots,
+    .m_traverse = core_traverse,
+    .m_clear = core_clear,
+};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&core_module);
+}

@@ -1,0 +1,139 @@
+"""The hub of a loop: one reader in the loop for all of its launches.
+
+The C hub is an epoll set and itself pollable. The loop watches that one fd; what
+becomes ready is drained in C and handed to the transports as events.
+
+A loop made by this package closes its hub when it is closed. Of other loops we
+are not told: their hub goes when the loop is collected, or is closed as soon as
+a hub for another loop is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from . import _core
+
+if TYPE_CHECKING:
+    from ._transport import SubprocessTransport
+
+# Kinds of events, as enum hub_event_kind in hub.h; those of the pipes are fd numbers.
+EXECED, FAILED, EXITED = 3, 4, 5
+
+SWEEP_INTERVAL = 0.1
+"""Seconds between looks at launches whose verdict an end of file has not brought."""
+
+
+class LoopHub:
+    """The C hub of one loop and the transports of its launches, by launch id."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: deque[tuple[int, int, Any]] = deque()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._closed = False
+        self.transports: dict[int, SubprocessTransport] = {}
+        self.undecided = 0
+        """Launches without a verdict."""
+        self.core = _core.Hub()
+        # In a context of its own: the one of the first caller would otherwise live
+        # as long as the loop and be seen by every later callback.
+        self._context = contextvars.Context()
+        try:
+            self._context.run(loop.add_reader, self.core.fileno(), self._drain)
+        except BaseException:
+            self.core.close()
+            raise
+
+    def add(self, launch: _core.Launch, transport: SubprocessTransport) -> None:
+        """Route the events of a launch to its transport."""
+        self.transports[launch.id] = transport
+
+    def await_verdict(self) -> None:
+        """Look after launches whose status pipe some stranger may hold open."""
+        self.undecided += 1
+        if self._sweeper is None:
+            self._sweeper = self._context.run(self._loop.call_later, SWEEP_INTERVAL, self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeper = None
+        if self.undecided > 0 and not self._closed:
+            self._events.extend(self.core.sweep())
+            self._sweeper = self._context.run(self._loop.call_later, SWEEP_INTERVAL, self._sweep)
+            self._dispatch()
+
+    def _drain(self) -> None:
+        if not self._closed:
+            self._events.extend(self.core.drain())
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        events, transports = self._events, self.transports
+        try:
+            while events:
+                key, kind, value = events.popleft()
+                transport = transports.get(key)
+                if transport is not None:
+                    transport.on_event(kind, value)
+        finally:
+            # A KeyboardInterrupt may come between any two lines; an event comes only once.
+            if events and not self._closed:
+                self._loop.call_soon(self._dispatch)
+
+    def close(self) -> None:
+        """Close the epoll set; the transports keep their launches, unwatched."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if not self._loop.is_closed():
+            self._loop.remove_reader(self.core.fileno())
+        self.core.close()
+        self.transports.clear()
+        _core.reap_orphans()
+
+
+_hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopHub] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub:
+    """Return the hub of a loop, made on first use. To be called in the loop's thread."""
+    hub = _hubs.get(loop)
+    return hub if hub is not None else _new_hub(loop)
+
+
+def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub:
+    hub = LoopHub(loop)
+    with _lock:
+        closed = [other for other in _hubs if other.is_closed()]
+        stale = [_hubs.pop(other) for other in closed]
+        _hubs[loop] = hub
+    for old in stale:
+        old.close()
+    return hub
+
+
+def close_hub(loop: asyncio.AbstractEventLoop) -> None:
+    """Close the hub of a loop that is about to be closed, if it has one."""
+    with _lock:
+        hub = _hubs.pop(loop, None)
+    if hub is not None:
+        hub.close()
+
+
+def _after_fork_in_child() -> None:
+    # The loops are the parent's; closing our copies of their epoll fds is harmless to it.
+    global _lock
+    _lock = threading.Lock()
+    _hubs.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,175 @@
+"""Keywords to a running process, on whatever rung serves.
+
+The ladder's lower end: what the C core cannot do goes to subprocess.Popen under
+our transport (`preexec_fn`) or to the loop's own method (delegate).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import importlib
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+from ._log import logger
+
+P = TypeVar("P", bound=asyncio.SubprocessProtocol)
+Started = tuple[asyncio.SubprocessTransport, P]
+
+RUNG_VARIABLE = "AIOVSPAWN_RUNG"
+CORE_RUNGS = ("detached-clone3", "detached-clone", "vfork", "fork")
+RUNGS = (*CORE_RUNGS, "popen", "delegate")
+
+
+class Ladder:
+    """Which way launches go in this process, found out at the first of them."""
+
+    def __init__(self) -> None:
+        self.forced: str | None = None
+        self.way: str | None = None
+        """"core", "popen" or "delegate"; None before the first launch."""
+        self.reason = ""
+
+    def choose(self) -> str:
+        """Return the way, by looking at the environment and the kernel once."""
+        if self.way is None:
+            self.force(os.environ.get(RUNG_VARIABLE) or None)
+        return cast(str, self.way)
+
+    def force(self, rung: str | None) -> None:
+        """Use one rung only, or None for the best that works."""
+        if rung is not None and rung not in RUNGS:
+            raise ValueError(f"{RUNG_VARIABLE} must be one of {', '.join(RUNGS)}, not {rung!r}")
+        core = _load_core()
+        if core is not None:
+            core.force_rung(rung if rung in CORE_RUNGS else None)
+        self.forced = rung
+        self.way, self.reason = self._look(core)
+        if self.way == "delegate":
+            logger.debug("launches are delegated to the event loop: %s", self.reason)
+
+    def _look(self, core: Any) -> tuple[str, str]:
+        if self.forced == "delegate":
+            return "delegate", f"{RUNG_VARIABLE}=delegate"
+        if core is None:
+            return "delegate", "the package was installed without its C core"
+        try:
+            core.probe_pidfd()
+        except OSError as exc:
+            if exc.errno in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
+                return "delegate", f"no pidfd: {exc.strerror}"
+        return ("popen" if self.forced == "popen" else "core"), ""
+
+
+def _load_core() -> Any:
+    """The C core, or None where the package was built without one."""
+    try:
+        return importlib.import_module("aiovspawn._core")
+    except ModuleNotFoundError:
+        return None
+
+
+ladder = Ladder()
+
+
+def _reject_text(universal_newlines: bool, bufsize: int, text: Any, encoding: Any, errors: Any) -> None:
+    """Reject what asyncio's subprocess_exec() and subprocess_shell() reject, in their words."""
+    if universal_newlines:
+        raise ValueError("universal_newlines must be False")
+    if bufsize != 0:
+        raise ValueError("bufsize must be 0")
+    if text:
+        raise ValueError("text must be False")
+    if encoding is not None:
+        raise ValueError("encoding must be None")
+    if errors is not None:
+        raise ValueError("errors must be None")
+
+
+async def subprocess_exec(
+    loop: asyncio.AbstractEventLoop,
+    delegate: Callable[..., Awaitable[Started[P]]],
+    protocol_factory: Callable[[], P],
+    program: Any,
+    *args: Any,
+    stdin: Any,
+    stdout: Any,
+    stderr: Any,
+    universal_newlines: bool = False,
+    shell: bool = False,
+    bufsize: int = 0,
+    encoding: Any = None,
+    errors: Any = None,
+    text: Any = None,
+    **kwargs: Any,
+) -> Started[P]:
+    """loop.subprocess_exec() on the fast path, or by `delegate` where there is none."""
+    if shell:
+        raise ValueError("shell must be False")
+    _reject_text(universal_newlines, bufsize, text, encoding, errors)
+    if ladder.choose() == "delegate":
+        return await delegate(
+            protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
+        )
+    return await _start(
+        loop, protocol_factory, (program, *args), False, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
+    )
+
+
+async def subprocess_shell(
+    loop: asyncio.AbstractEventLoop,
+    delegate: Callable[..., Awaitable[Started[P]]],
+    protocol_factory: Callable[[], P],
+    cmd: str | bytes,
+    *,
+    stdin: Any,
+    stdout: Any,
+    stderr: Any,
+    universal_newlines: bool = False,
+    shell: bool = True,
+    bufsize: int = 0,
+    encoding: Any = None,
+    errors: Any = None,
+    text: Any = None,
+    **kwargs: Any,
+) -> Started[P]:
+    """loop.subprocess_shell() on the fast path, or by `delegate` where there is none."""
+    if not isinstance(cmd, (bytes, str)):
+        raise ValueError("cmd must be a string")
+    if not shell:
+        raise ValueError("shell must be True")
+    _reject_text(universal_newlines, bufsize, text, encoding, errors)
+    if ladder.choose() == "delegate":
+        return await delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    return await _start(
+        loop, protocol_factory, cmd, True, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
+    )
+
+
+def close_hub(loop: asyncio.AbstractEventLoop) -> None:
+    """Let go of a loop that is about to be closed."""
+    if ladder.way in ("core", "popen"):
+        from . import _hub
+
+        _hub.close_hub(loop)
+
+
+async def _start(
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: Callable[[], P],
+    args: Any,
+    shell: bool,
+    *,
+    extra: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Started[P]:
+    from ._request import make_request
+    from ._transport import SubprocessTransport
+
+    protocol = protocol_factory()
+    request = make_request(args, shell=shell, by_popen=ladder.way == "popen", **kwargs)
+    transport = SubprocessTransport(loop, protocol, request, extra)
+    await transport.wait_for_exec()
+    return transport, protocol

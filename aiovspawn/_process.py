@@ -1,0 +1,121 @@
+"""The twins of asyncio.create_subprocess_exec() and create_subprocess_shell()."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from asyncio.subprocess import SubprocessStreamProtocol
+from typing import TYPE_CHECKING, Any, cast
+
+from ._launch import subprocess_exec, subprocess_shell
+
+if TYPE_CHECKING:
+    from ._transport import SubprocessTransport
+
+LIMIT = 2**16
+"""Bytes a StreamReader buffers before it pauses reading: asyncio's default."""
+
+
+class Process(asyncio.subprocess.Process):
+    """An asyncio.subprocess.Process whose returncode is true when read.
+
+    Made by create_subprocess_exec() and create_subprocess_shell(). wait() returns
+    when the process has exited, even if another process still holds its pipes.
+    """
+
+    # What the base class sets; a delegated launch has the loop's own transport here.
+    _transport: SubprocessTransport
+
+    @property
+    def returncode(self) -> int | None:  # type: ignore[override]
+        """The returncode as the kernel has it now, or None while the process lives."""
+        transport = self._transport
+        return transport.poll() if hasattr(transport, "poll") else transport.get_returncode()
+
+    @property
+    def pidfd(self) -> int | None:
+        """A file descriptor that refers to the process, or None once it has been reaped.
+
+        It belongs to the process object: duplicate it to keep it. See pidfd_open(2).
+        """
+        transport = self._transport
+        fd = transport.get_pidfd() if hasattr(transport, "get_pidfd") else -1
+        return fd if fd >= 0 else None
+
+    @property
+    def rusage(self) -> resource.struct_rusage | None:
+        """What this process alone has used (getrusage(2)), or None before its exit.
+
+        None also where the kernel could not tell: the launch was delegated, or
+        somebody else has taken the exit status.
+        """
+        transport = self._transport
+        usage = transport.get_rusage() if hasattr(transport, "get_rusage") else None
+        return None if usage is None else resource.struct_rusage(cast(Any, usage))
+
+
+async def create_subprocess_exec(
+    program: Any,
+    *args: Any,
+    stdin: Any = None,
+    stdout: Any = None,
+    stderr: Any = None,
+    limit: int = LIMIT,
+    **kwds: Any,
+) -> Process:
+    """Start a program on the running loop; as asyncio.create_subprocess_exec().
+
+    program, args: str, bytes or path-like; the program is searched in PATH as
+        subprocess does it, in `env`'s PATH if that is given.
+    stdin, stdout, stderr: None (inherit), PIPE, DEVNULL, a file descriptor or an
+        object with fileno(); stderr may also be STDOUT.
+    limit: bytes a StreamReader buffers before it stops reading.
+    kwds: the other keywords of subprocess.Popen (POSIX) that asyncio accepts:
+        executable, cwd, env, close_fds, pass_fds, restore_signals,
+        start_new_session, process_group, user, group, extra_groups, umask,
+        pipesize, preexec_fn. With preexec_fn the process is forked.
+
+    Returns a Process as soon as the program runs. Raises what subprocess.Popen
+    raises, with a note that names the failed step. Cancelled, it leaves no
+    process behind.
+    """
+    loop = asyncio.get_running_loop()
+    transport, protocol = await subprocess_exec(
+        loop,
+        loop.subprocess_exec,
+        lambda: SubprocessStreamProtocol(limit=limit, loop=loop),
+        program,
+        *args,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        **kwds,
+    )
+    return Process(transport, protocol, loop)
+
+
+async def create_subprocess_shell(
+    cmd: str | bytes,
+    stdin: Any = None,
+    stdout: Any = None,
+    stderr: Any = None,
+    limit: int = LIMIT,
+    **kwds: Any,
+) -> Process:
+    """Run a command line with /bin/sh on the running loop; as asyncio.create_subprocess_shell().
+
+    cmd: str or bytes. The other arguments, the result and the exceptions are those
+    of create_subprocess_exec().
+    """
+    loop = asyncio.get_running_loop()
+    transport, protocol = await subprocess_shell(
+        loop,
+        loop.subprocess_shell,
+        lambda: SubprocessStreamProtocol(limit=limit, loop=loop),
+        cmd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        **kwds,
+    )
+    return Process(transport, protocol, loop)

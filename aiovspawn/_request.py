@@ -1,0 +1,303 @@
+"""Popen-style keywords into a validated request.
+
+Pure: the same input gives the same output; nothing is opened, no loop is known.
+Checks, their order and their messages are those of subprocess.Popen (POSIX), as
+CPython 3.13 has them; where older versions differ, the newer answer is given on
+all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from array import array
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from . import _core
+
+StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
+Step: TypeAlias = tuple[int, int, int, bytes | None]
+
+INHERIT = -4
+"""In the stdio plan: the child has the parent's. The other values below zero are subprocess's."""
+BAD_FD = -5
+
+UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
+MAX_ID = 2**32 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Everything the child needs, complete before the clone."""
+
+    args: list[Any]
+    executable: Any
+    cwd: Any
+    programs: tuple[bytes, ...]
+    env: list[bytes] | None
+    stdio: tuple[int, int, int]
+    pass_fds: tuple[int, ...]
+    steps: tuple[Step, ...]
+    close_fds: bool
+    pipe_size: int
+    popen: dict[str, Any] | None
+    """Keywords for subprocess.Popen, when only that can serve (preexec_fn)."""
+
+
+def make_request(
+    args: Any,
+    *,
+    shell: bool = False,
+    stdin: Any = None,
+    stdout: Any = None,
+    stderr: Any = None,
+    executable: Any = None,
+    preexec_fn: Callable[[], Any] | None = None,
+    close_fds: bool = True,
+    cwd: Any = None,
+    env: Mapping[Any, Any] | None = None,
+    startupinfo: Any = None,
+    creationflags: int = 0,
+    restore_signals: bool = True,
+    start_new_session: bool = False,
+    pass_fds: Collection[int] = (),
+    user: Any = None,
+    group: Any = None,
+    extra_groups: Any = None,
+    umask: int = -1,
+    pipesize: int | None = -1,
+    process_group: int | None = None,
+    by_popen: bool = False,
+) -> Request:
+    """Check the keywords of subprocess.Popen and make a request of them.
+
+    by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself.
+    """
+    if stdout == subprocess.STDOUT:
+        raise ValueError("STDOUT can only be used for stderr")
+    pipe_size = -1 if pipesize is None else pipesize
+    if not isinstance(pipe_size, int):
+        raise TypeError("pipesize must be an integer")
+    if pass_fds and not close_fds:
+        warnings.warn("pass_fds overriding close_fds.", RuntimeWarning, stacklevel=3)
+        close_fds = True
+    if startupinfo is not None:
+        raise ValueError("startupinfo is only supported on Windows platforms")
+    if creationflags != 0:
+        raise ValueError("creationflags is only supported on Windows platforms")
+
+    ids = _id_steps(user, group, extra_groups)
+    stdio = _stdio_plan(stdin, stdout, stderr)
+    popen = None
+    if preexec_fn is not None or by_popen:
+        popen = {
+            "shell": shell,
+            "executable": executable,
+            "preexec_fn": preexec_fn,
+            "close_fds": close_fds,
+            "cwd": cwd,
+            "env": env,
+            "restore_signals": restore_signals,
+            "start_new_session": start_new_session,
+            "pass_fds": pass_fds,
+            "user": user,
+            "group": group,
+            "extra_groups": extra_groups,
+            "umask": umask,
+            "pipesize": pipe_size,
+            "process_group": process_group,
+        }
+
+    popen_args = args
+    args, executable = _program(args, shell, executable)
+    if popen is None:
+        sys.audit("subprocess.Popen", executable, args, cwd, env)
+    else:
+        popen["args"] = popen_args
+    encoded_env = None if env is None else _encode_env(env)
+    return Request(
+        args=args,
+        executable=executable,
+        cwd=cwd,
+        programs=_candidates(executable, env),
+        env=encoded_env,
+        stdio=stdio,
+        pass_fds=_pass_fds(pass_fds),
+        steps=(
+            *_steps(cwd, umask, restore_signals, start_new_session, process_group),
+            *ids,
+        ),
+        close_fds=bool(close_fds),
+        pipe_size=pipe_size,
+        popen=popen,
+    )
+
+
+def _steps(
+    cwd: Any, umask: int, restore_signals: bool, start_new_session: bool, process_group: int | None
+) -> Iterable[Step]:
+    """The child's steps up to the change of ids, in the order of CPython's child_exec()."""
+    if cwd is not None:
+        yield _core.STEP_CHDIR, 0, 0, _fs_encode(cwd) + b"\0"
+    if umask >= 0:
+        yield _core.STEP_UMASK, umask, 0, None
+    if restore_signals:
+        yield _core.STEP_RESTORE_SIGNALS, 0, 0, None
+    if start_new_session:
+        yield _core.STEP_SETSID, 0, 0, None
+    if process_group is not None and process_group >= 0:
+        yield _core.STEP_SETPGID, process_group, 0, None
+
+
+def _id_steps(user: Any, group: Any, extra_groups: Any) -> list[Step]:
+    """Groups, then gid, then uid: each is privileged, and the last gives up the privilege."""
+    gid = None if group is None else _group_id(group)
+    gids = None if extra_groups is None else _group_ids(extra_groups)
+    uid = None if user is None else _user_id(user)
+    steps: list[Step] = []
+    if gids is not None:
+        steps.append((_core.STEP_SETGROUPS, len(gids), 0, array("I", gids).tobytes()))
+    if gid is not None:
+        steps.append((_core.STEP_SETGID, gid, 0, None))
+    if uid is not None:
+        steps.append((_core.STEP_SETUID, uid, 0, None))
+    return steps
+
+
+def _group_id(group: Any) -> int:
+    if isinstance(group, str):
+        import grp
+
+        gid = grp.getgrnam(group).gr_gid
+    elif isinstance(group, int):
+        gid = group
+    else:
+        raise TypeError(f"Group must be a string or an integer, not {type(group)}")
+    return _checked_id("Group", "gid", gid)
+
+
+def _group_ids(extra_groups: Any) -> list[int]:
+    if isinstance(extra_groups, str):
+        raise ValueError("Groups must be a list, not a string")
+    gids = []
+    for group in extra_groups:
+        if isinstance(group, str):
+            import grp
+
+            gids.append(grp.getgrnam(group).gr_gid)
+        elif isinstance(group, int):
+            gids.append(group)
+        else:
+            raise TypeError(f"Items in extra_groups must be a string or integer, not {type(group)}")
+    for gid in gids:
+        if gid > MAX_ID:
+            raise ValueError("invalid group id")
+        _checked_id("Group", "gid", gid)
+    return gids
+
+
+def _user_id(user: Any) -> int:
+    if isinstance(user, str):
+        import pwd
+
+        uid = pwd.getpwnam(user).pw_uid
+    elif isinstance(user, int):
+        uid = user
+    else:
+        raise TypeError("User must be a string or an integer")
+    return _checked_id("User", "uid", uid)
+
+
+def _checked_id(kind: str, name: str, value: int) -> int:
+    if value < 0:
+        raise ValueError(f"{kind} ID cannot be negative, got {value}")
+    if value > MAX_ID:
+        raise OverflowError(f"{name} is greater than maximum")
+    return value
+
+
+def _stdio_plan(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, int]:
+    child_in, child_out = _stdio_source(stdin), _stdio_source(stdout)
+    if stderr == subprocess.STDOUT and child_out == INHERIT:
+        assert sys.__stdout__ is not None
+        return child_in, child_out, sys.__stdout__.fileno()
+    child_err = subprocess.STDOUT if stderr == subprocess.STDOUT else _stdio_source(stderr)
+    return child_in, child_out, child_err
+
+
+def _stdio_source(value: Any) -> int:
+    if value is None:
+        return INHERIT
+    fd: int = value if isinstance(value, int) else value.fileno()
+    if fd >= 0 or fd in (subprocess.PIPE, subprocess.DEVNULL):
+        return fd
+    return BAD_FD
+
+
+def _program(args: Any, shell: bool, executable: Any) -> tuple[list[Any], Any]:
+    if isinstance(args, (str, bytes)):
+        args = [args]
+    elif isinstance(args, os.PathLike):
+        if shell:
+            raise TypeError("path-like args is not allowed when shell is true")
+        args = [args]
+    else:
+        args = list(args)
+    if shell:
+        args = [UNIX_SHELL, "-c", *args]
+        if executable:
+            args[0] = executable
+    if executable is None:
+        executable = args[0]
+    return args, executable
+
+
+def _encode_env(env: Mapping[Any, Any]) -> list[bytes]:
+    encoded = []
+    for name, value in env.items():
+        key = os.fsencode(name)
+        if b"=" in key:
+            raise ValueError("illegal environment variable name")
+        encoded.append(key + b"=" + os.fsencode(value))
+    return encoded
+
+
+def _candidates(executable: StrOrBytesPath, env: Mapping[Any, Any] | None) -> tuple[bytes, ...]:
+    """What to exec, in order: subprocess's own PATH search, which is that of os.execvpe()."""
+    program = os.fsencode(executable)
+    if os.path.dirname(program):
+        return (program,)
+    return tuple(os.path.join(os.fsencode(directory), program) for directory in os.get_exec_path(env))
+
+
+def _pass_fds(pass_fds: Collection[int]) -> tuple[int, ...]:
+    if not pass_fds:
+        return ()
+    fds = tuple(sorted(map(int, set(pass_fds))))
+    if fds[0] < 0 or fds[-1] > 2**31 - 1:
+        raise ValueError("bad value(s) in fds_to_keep")
+    return fds
+
+
+def _fs_encode(path: StrOrBytesPath) -> bytes:
+    encoded = os.fsencode(path)
+    if b"\0" in encoded:
+        raise ValueError("embedded null byte")
+    return encoded
+
+
+def launch_error(request: Request, step: int, error: int) -> OSError:
+    """The exception subprocess would raise, with a note that names the failed step."""
+    filename = None
+    if step == _core.STEP_EXEC:
+        filename = request.executable
+    elif step == _core.STEP_CHDIR:
+        filename = request.cwd
+    message = os.strerror(error)
+    exception = OSError(error, message) if filename is None else OSError(error, message, filename)
+    exception.add_note(f"aiovspawn: the launch of {request.executable!r} failed at step {_core.STEP_NAMES[step]!r}")
+    return exception

@@ -1,0 +1,395 @@
+"""A SubprocessTransport over a launch.
+
+The twin of asyncio.base_subprocess.BaseSubprocessTransport: the same callbacks
+of the protocol, in the same order. Its life:
+
+  launching   cloned, without a verdict: callbacks are held back
+  running     exec'd: connection_made() has been scheduled
+  finished    reaped and all pipes disconnected: connection_lost() has been scheduled
+
+and, besides, `closed` as soon as somebody has called close(). Events of the hub
+may come in any of these. A launch that fails or is cancelled goes from
+launching to abandoned: its protocol hears nothing.
+
+It differs from asyncio's where the design says so: wait() returns at the exit,
+not when the pipes are closed too; a signal goes to the pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import signal
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from subprocess import PIPE
+from typing import Any
+
+from . import _core, _popen
+from ._hub import EXECED, EXITED, FAILED, hub_of
+from ._log import logger
+from ._pipes import ReadPipe, WritePipe
+from ._request import Request, launch_error
+
+KILL_TIMEOUT = 1.0
+"""Seconds that a cancelled launch waits for its killed child."""
+
+FIRST_RETRY = 0.001
+"""Seconds until a launch that met ETXTBSY looks again at the older ones."""
+
+
+class State(Enum):
+    LAUNCHING = "launching"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABANDONED = "abandoned"
+
+
+class SubprocessTransport(asyncio.SubprocessTransport):
+    """A child process of a loop; see asyncio.SubprocessTransport."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        protocol: asyncio.SubprocessProtocol,
+        request: Request,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(extra)
+        self.loop = loop
+        self.context = contextvars.copy_context()
+        self._protocol: asyncio.SubprocessProtocol | None = protocol
+        self._request = request
+        self._closed = True  # until there is something to close
+        self._state = State.LAUNCHING
+        self._returncode: int | None = None
+        self._exit_waiters: list[asyncio.Future[int]] = []
+        self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._retried = False
+        self._retry_timer: asyncio.TimerHandle | None = None
+        self._hub = hub_of(loop)
+        self._verdict: asyncio.Future[None] = loop.create_future()
+        self._start()
+        self._closed = False
+
+    def _start(self) -> None:
+        request = self._request
+        if request.popen is not None:
+            launch = _popen.launch(self._hub.core, request)
+        else:
+            try:
+                launch = self._hub.core.launch(
+                    request.programs,
+                    request.args,
+                    request.env,
+                    request.stdio,
+                    request.pass_fds,
+                    request.steps,
+                    request.close_fds,
+                    request.pipe_size,
+                )
+            except OSError as exc:
+                if not hasattr(exc, "step"):
+                    raise
+                raise launch_error(request, exc.step, exc.errno or 0) from None
+        self._launch = launch
+        self._pipes: dict[int, ReadPipe | WritePipe] = {
+            fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
+            for fd, plan in enumerate(request.stdio)
+            if plan == PIPE
+        }
+        self._hub.add(launch, self)
+        if request.popen is None:
+            self._hub.await_verdict()
+        else:
+            self._execed()
+
+    async def wait_for_exec(self) -> None:
+        """Wait until the program runs; raise as subprocess does if it does not.
+
+        Cancelled, it kills the child and waits until that is reaped.
+        """
+        try:
+            await self._verdict
+        except BaseException:
+            await self._undo()
+            raise
+
+    async def _undo(self) -> None:
+        """Leave nothing of a launch nobody waits for any more."""
+        self.close()
+        if self._returncode is not None:
+            return
+        waiter: asyncio.Future[int] = self.loop.create_future()
+        self._exit_waiters.append(waiter)
+        timer = self.loop.call_later(KILL_TIMEOUT, waiter.cancel)
+        try:
+            await asyncio.wait([waiter])
+        finally:
+            timer.cancel()
+        if self._returncode is None:
+            warnings.warn(
+                f"process {self._launch.pid} has not died of SIGKILL yet; it is reaped when it does",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
+
+    # ---- events of the hub -------------------------------------------------
+
+    def on_event(self, kind: int, value: Any) -> None:
+        """Take one event of the hub."""
+        if kind <= 2:
+            self._pipes[kind].on_event(value)
+        elif kind == EXITED:
+            self._exited(value)
+        elif kind == EXECED:
+            self._decided()
+            self._execed()
+        elif kind == FAILED:
+            self._decided()
+            self._failed(*value)
+
+    def _decided(self) -> None:
+        self._hub.undecided -= 1
+
+    def _execed(self) -> None:
+        if self._state is not State.LAUNCHING:
+            return
+        self._state = State.RUNNING
+        assert self._protocol is not None
+        if self.loop.get_debug():
+            logger.debug("process %r created: pid %s", self._request.args[0], self._launch.pid)
+        self._call_soon(self._protocol.connection_made, self)
+        for callback, args in self._held_back:
+            self._call_soon(callback, *args)
+        self._held_back.clear()
+        if not self._verdict.done():
+            self._verdict.set_result(None)
+
+    def _failed(self, step: int, error: int) -> None:
+        """The child could not exec; it has been reaped."""
+        del self._hub.transports[self._launch.id]
+        if self._state is State.LAUNCHING and self._may_retry(step, error):
+            self._launch.close()
+            self._retry_when_older_have_execed(FIRST_RETRY)
+            return
+        self._give_up()
+        if not self._verdict.done():
+            self._verdict.set_exception(launch_error(self._request, step, error))
+
+    def _give_up(self) -> None:
+        self._state = State.ABANDONED
+        self._closed = True
+        self._launch.close()
+        self._returncode = 255
+        self._wake_waiters()
+        self._held_back.clear()
+        self._protocol = None
+
+    def _may_retry(self, step: int, error: int) -> bool:
+        """Whether an older launch may have held the program's file open for writing."""
+        return (
+            step == _core.STEP_EXEC and error == errno.ETXTBSY and self._launch.contended and not self._retried
+        )
+
+    def _retry_when_older_have_execed(self, delay: float) -> None:
+        if _core.in_flight_before(self._launch.id):
+            self._retry_timer = self.loop.call_later(
+                delay, self._retry_when_older_have_execed, min(2 * delay, 0.05), context=self.context
+            )
+            return
+        self._retry_timer = None
+        self._retried = True
+        try:
+            self._start()
+        except Exception as exc:
+            self._give_up()
+            if not self._verdict.done():
+                self._verdict.set_exception(exc)
+
+    def pipe_data(self, fd: int, data: bytes) -> None:
+        """Data of the child's stdout or stderr."""
+        if self._state is State.ABANDONED:
+            return
+        assert self._protocol is not None
+        self._call(self._protocol.pipe_data_received, fd, data)
+
+    def pipe_lost(self, fd: int, exc: BaseException | None) -> None:
+        """A pipe has come to its end or was closed."""
+        if self._state is State.ABANDONED:
+            return
+        assert self._protocol is not None
+        self._call(self._protocol.pipe_connection_lost, fd, exc)
+        self._try_finish()
+
+    def _exited(self, returncode: int) -> None:
+        if self._launch.status_lost:
+            logger.warning("Unknown child process pid %d, will report returncode 255", self._launch.pid)
+        elif self.loop.get_debug():
+            logger.info("%r exited with return code %r", self, returncode)
+        self._returncode = returncode
+        if self._state is State.ABANDONED:
+            self._hub.transports.pop(self._launch.id, None)
+            self._launch.close()
+        else:
+            assert self._protocol is not None
+            self._call(self._protocol.process_exited)
+            self._try_finish()
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        assert self._returncode is not None
+        for waiter in self._exit_waiters:
+            if not waiter.done():
+                waiter.set_result(self._returncode)
+        self._exit_waiters.clear()
+
+    def _try_finish(self) -> None:
+        if self._returncode is None or self._state is not State.RUNNING:
+            return
+        if all(pipe.disconnected for pipe in self._pipes.values()):
+            self._state = State.FINISHED
+            self._call_soon(self._connection_lost)
+
+    def _connection_lost(self) -> None:
+        protocol, self._protocol = self._protocol, None
+        assert protocol is not None
+        self._hub.transports.pop(self._launch.id, None)
+        protocol.connection_lost(None)
+
+    def _call(self, callback: Callable[..., object], *args: Any) -> None:
+        if self._state is State.LAUNCHING:
+            self._held_back.append((callback, args))
+        else:
+            self._call_soon(callback, *args)
+
+    def _call_soon(self, callback: Callable[..., object], *args: Any) -> None:
+        self.loop.call_soon(callback, *args, context=self.context)
+
+    # ---- asyncio.SubprocessTransport ----------------------------------------
+
+    def __repr__(self) -> str:
+        info = [type(self).__name__, f"pid={self._launch.pid}" if hasattr(self, "_launch") else "not started"]
+        if self._closed:
+            info.insert(1, "closed")
+        if self._returncode is not None:
+            info.append(f"returncode={self._returncode}")
+        elif hasattr(self, "_launch"):
+            info.append("running")
+        return f"<{' '.join(info)}>"
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """Return a Popen-like object for the name "subprocess"; see _popen.PidfdPopen."""
+        if name == "subprocess" and name not in self._extra:
+            files = [
+                self._pipes[fd].get_extra_info("pipe") if fd in self._pipes else None for fd in range(3)
+            ]
+            self._extra[name] = _popen.PidfdPopen(self._launch, self._request.args, *files)
+        return super().get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        assert isinstance(protocol, asyncio.SubprocessProtocol)
+        self._protocol = protocol
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol  # type: ignore[return-value]  # None when finished, as asyncio's
+
+    def is_closing(self) -> bool:
+        return self._closed
+
+    def get_pid(self) -> int:
+        """Return the child's process id, which stays its own until it is reaped."""
+        return self._launch.pid
+
+    def get_pidfd(self) -> int:
+        """Return the child's pidfd, or -1 once the child has been reaped."""
+        return self._launch.pidfd
+
+    def get_returncode(self) -> int | None:
+        return self._returncode
+
+    def get_rusage(self) -> tuple[float | int, ...] | None:
+        """Return what the child used, in the order of resource.struct_rusage; None before its exit."""
+        return self._launch.rusage()
+
+    def get_rung(self) -> str:
+        """Return the name of the rung of the ladder that this child was launched on."""
+        return self._launch.rung
+
+    def poll(self) -> int | None:
+        """Return the returncode as the kernel has it now, or None while the child lives."""
+        if self._returncode is not None:
+            return self._returncode
+        return self._launch.poll()
+
+    def get_pipe_transport(self, fd: int) -> ReadPipe | WritePipe | None:  # type: ignore[override]
+        return self._pipes.get(fd)
+
+    async def _wait(self) -> int:
+        # asyncio.subprocess.Process.wait() (asyncio/subprocess.py) awaits this.
+        if self._returncode is not None:
+            return self._returncode
+        waiter: asyncio.Future[int] = self.loop.create_future()
+        self._exit_waiters.append(waiter)
+        try:
+            return await waiter
+        finally:
+            if waiter.cancelled() and waiter in self._exit_waiters:
+                self._exit_waiters.remove(waiter)
+
+    def send_signal(self, signal: int) -> None:
+        """Send a signal through the pidfd: it reaches this child or nobody."""
+        if self._protocol is None:
+            raise ProcessLookupError
+        try:
+            self._launch.send_signal(signal)
+        except ProcessLookupError:
+            pass  # has exited, and the news is on its way
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close the pipes and kill the child if it still runs."""
+        if self._closed:
+            return
+        self._closed = True
+        launching = self._state is State.LAUNCHING
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+            self._give_up()
+        elif launching:
+            self._state = State.ABANDONED
+            for fd in self._pipes:
+                self._launch.close_pipe(fd)
+        else:
+            for pipe in self._pipes.values():
+                pipe.close()
+        if self._returncode is None and self._launch.poll() is None:
+            if self.loop.get_debug() and not launching:
+                logger.warning("Close running child process: kill %r", self)
+            try:
+                self._launch.send_signal(signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass  # it has just exited, or has become somebody else's
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        if not self._closed:
+            _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Close without the loop, which may be closed: the protocol hears nothing."""
+        self._closed = True
+        if self._returncode is None and self._launch.poll() is None:
+            try:
+                self._launch.send_signal(signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        self._launch.close()

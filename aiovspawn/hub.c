@@ -1,0 +1,224 @@
+/* The epoll set of one event loop: see hub.h.
+ *
+ * A loop watches one fd per hub. Everything that happens to its launches is
+ * found here, in C, under the table's mutex, and handed over as plain events:
+ * no Python code runs before the batch is complete, so that none can close
+ * something the batch still speaks of.
+ *
+ * Level-triggered throughout: what a full buffer leaves unread is reported
+ * again by the next drain. epoll(7), nested sets: epoll_ctl(2).
+ */
+#define _GNU_SOURCE
+#include "hub.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+/* A launch is aligned to more than LAUNCH_SLOTS bytes, so the slot fits below its address. */
+enum { SLOT_MASK = 7 };
+_Static_assert(LAUNCH_SLOTS <= SLOT_MASK + 1, "the slot must fit into three bits");
+
+static const enum hub_event_kind pipe_kind[] = {
+    [LAUNCH_STDIN] = HUB_STDIN,
+    [LAUNCH_STDOUT] = HUB_STDOUT,
+    [LAUNCH_STDERR] = HUB_STDERR,
+};
+
+int hub_new(struct hub **ret_hub)
+{
+    struct hub *hub = calloc(1, sizeof *hub);
+    if (!hub)
+        return -ENOMEM;
+    int fd = epoll_create1(EPOLL_CLOEXEC);
+    fd = fd < 0 ? -errno : spawn_raise_fd(fd);
+    if (fd < 0) {
+        free(hub);
+        return fd;
+    }
+    hub->epoll_fd = fd;
+    hub->generation = launch_generation();
+    *ret_hub = hub;
+    return 0;
+}
+
+/* Its launches live on, unwatched: their owners still hold them. */
+void hub_close(struct hub *hub)
+{
+    launch_lock();
+    for (struct launch *launch = launch_first_locked(); launch; launch = launch->next) {
+        if (launch->hub != hub)
+            continue;
+        for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
+            hub_unwatch_locked(launch, (enum launch_slot)slot);
+        launch->hub = NULL;
+    }
+    int fd = hub->epoll_fd;
+    hub->epoll_fd = -1;
+    launch_unlock();
+    if (fd >= 0)
+        (void)close(fd);
+}
+
+void hub_free(struct hub *hub)
+{
+    hub_close(hub);
+    free(hub);
+}
+
+int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events)
+{
+    if (!launch->hub || launch->hub->epoll_fd < 0 || launch_is_foreign(launch->hub->generation))
+        return -EBADF;
+    if (launch->watched[slot] == events)
+        return 0;
+    struct epoll_event event = {
+        .events = events,
+        .data.u64 = (uint64_t)(uintptr_t)launch | (uint64_t)slot,
+    };
+    int operation = launch->watched[slot] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
+    if (epoll_ctl(launch->hub->epoll_fd, operation, launch_slot_fd(launch, slot), &event) < 0)
+        return -errno;
+    launch->watched[slot] = events;
+    return 0;
+}
+
+void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
+{
+    struct hub *hub = launch->hub;
+    struct epoll_event unused = {0};
+    if (launch->watched[slot] && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
+        (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, launch_slot_fd(launch, slot), &unused);
+    launch->watched[slot] = 0;
+}
+
+/* ---- draining ----------------------------------------------------------------- */
+
+static struct hub_event *add_event(struct hub *hub, const struct launch *launch, enum hub_event_kind kind, int value)
+{
+    struct hub_event *event = &hub->events[hub->count++];
+    *event = (struct hub_event){.id = launch->id, .kind = kind, .value = value};
+    return event;
+}
+
+/* A failed launch is not told before its child is reaped. */
+static void drain_status(struct hub *hub, struct launch *launch)
+{
+    if (launch->verdict == LAUNCH_PENDING && launch_read_status_locked(launch) &&
+        launch->verdict == LAUNCH_EXECED)
+        (void)add_event(hub, launch, HUB_EXECED, 0);
+}
+
+static void drain_pidfd(struct hub *hub, struct launch *launch)
+{
+    if (!launch_reap_locked(launch))
+        return;
+    drain_status(hub, launch);
+    launch_close_slot_locked(launch, LAUNCH_PIDFD);
+    if (launch->verdict == LAUNCH_FAILED)
+        add_event(hub, launch, HUB_FAILED, launch->record.error)->step = (enum spawn_op)launch->record.op;
+    else
+        (void)add_event(hub, launch, HUB_EXITED, launch->returncode);
+}
+
+static void end_of_file(struct hub *hub, struct launch *launch, enum launch_slot slot, int error)
+{
+    launch_close_slot_locked(launch, slot);
+    (void)add_event(hub, launch, pipe_kind[slot], error);
+}
+
+/* Reads once, or to the end of file if the writers are gone and there is room. */
+static void drain_output(struct hub *hub, struct launch *launch, enum launch_slot slot, bool writers_gone)
+{
+    char *data = hub->buffer + hub->used;
+    ssize_t size = 1;
+    size_t total = 0;
+    do {
+        size_t room = (size_t)HUB_BUFFER_SIZE - hub->used;
+        if (room == 0)
+            break;
+        size = read(launch_slot_fd(launch, slot), hub->buffer + hub->used, room);
+        if (size > 0) {
+            hub->used += (size_t)size;
+            total += (size_t)size;
+        }
+    } while (size > 0 && writers_gone);
+    if (total > 0) {
+        struct hub_event *event = add_event(hub, launch, pipe_kind[slot], 0);
+        event->data = data;
+        event->size = total;
+    }
+    if (size == 0)
+        end_of_file(hub, launch, slot, 0);
+    else if (size < 0 && errno != EAGAIN && errno != EINTR)
+        end_of_file(hub, launch, slot, errno);
+}
+
+/* A broken pipe would be reported for ever: told once, then no longer watched. */
+static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
+{
+    if (events & EPOLLERR)
+        hub_unwatch_locked(launch, LAUNCH_STDIN);
+    (void)add_event(hub, launch, HUB_STDIN, events & EPOLLERR ? EPOLLERR : EPOLLOUT);
+}
+
+static void drain_one(struct hub *hub, const struct epoll_event *ready)
+{
+    struct launch *launch = (struct launch *)(uintptr_t)(ready->data.u64 & ~(uint64_t)SLOT_MASK);
+    enum launch_slot slot = (enum launch_slot)(ready->data.u64 & SLOT_MASK);
+    if (!launch->watched[slot])
+        return; /* closed by an earlier event of this batch */
+    if (slot <= LAUNCH_STDERR)
+        drain_status(hub, launch); /* no output before the news that the program runs */
+    switch (slot) {
+    case LAUNCH_STDIN:
+        drain_stdin(hub, launch, ready->events);
+        break;
+    case LAUNCH_STDOUT:
+    case LAUNCH_STDERR:
+        drain_output(hub, launch, slot, ready->events & EPOLLHUP);
+        break;
+    case LAUNCH_STATUS:
+        drain_status(hub, launch);
+        break;
+    case LAUNCH_PIDFD:
+    case LAUNCH_SLOTS:
+        drain_pidfd(hub, launch);
+        break;
+    }
+}
+
+/* Fills hub->events and returns their number, or -errno. */
+int hub_drain(struct hub *hub)
+{
+    struct epoll_event ready[HUB_BATCH];
+    launch_lock();
+    hub->count = 0;
+    hub->used = 0;
+    int batch = 0;
+    if (hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        batch = -EBADF;
+    else if ((batch = epoll_wait(hub->epoll_fd, ready, HUB_BATCH, 0)) < 0)
+        batch = errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < batch; i++)
+        drain_one(hub, &ready[i]);
+    launch_unlock();
+    return batch < 0 ? batch : hub->count;
+}
+
+/* Looks at the status of every launch of this hub that has no verdict yet,
+ * whether or not its pipe is ready: a copy of the write end in some other
+ * process delays the end of file, but not the word that tells of the exec. */
+int hub_sweep(struct hub *hub)
+{
+    launch_lock();
+    hub->count = 0;
+    struct launch *launch = launch_first_locked();
+    for (; launch && hub->count < HUB_EVENTS; launch = launch->next)
+        if (launch->hub == hub && !launch_is_foreign(hub->generation))
+            drain_status(hub, launch);
+    launch_unlock();
+    return hub->count;
+}

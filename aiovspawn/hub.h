@@ -1,0 +1,52 @@
+/* The epoll set of one event loop: status pipes, pidfds and stdio pipes of all
+ * its launches behind one pollable fd, drained in one call.
+ */
+#ifndef AIOVSPAWN_HUB_H
+#define AIOVSPAWN_HUB_H
+
+#include "launch.h"
+
+enum {
+    HUB_BATCH = 64,                 /* ready fds looked at in one drain */
+    HUB_EVENTS = 3 * HUB_BATCH,     /* what these can give */
+    HUB_BUFFER_SIZE = 256 * 1024,   /* bytes read in one drain, as in asyncio's pipes */
+};
+
+/* The first three are about the pipe on the child's fd of that number. */
+enum hub_event_kind {
+    HUB_STDIN,  /* value: EPOLLOUT or EPOLLERR */
+    HUB_STDOUT, /* data; no data is the end of file, value an errno if reading failed */
+    HUB_STDERR,
+    HUB_EXECED,
+    HUB_FAILED, /* value: errno, step: the step that failed; the child has been reaped */
+    HUB_EXITED, /* value: returncode */
+};
+
+struct hub_event {
+    uint64_t id; /* of the launch */
+    enum hub_event_kind kind;
+    int value;
+    enum spawn_op step;
+    const char *data; /* valid until the next drain */
+    size_t size;
+};
+
+struct hub {
+    int epoll_fd; /* -1 when closed */
+    uint64_t generation;
+    size_t used; /* of buffer */
+    int count;   /* of events */
+    struct hub_event events[HUB_EVENTS];
+    char buffer[HUB_BUFFER_SIZE];
+};
+
+int hub_new(struct hub **ret_hub);
+void hub_close(struct hub *hub);
+void hub_free(struct hub *hub);
+int hub_drain(struct hub *hub);
+int hub_sweep(struct hub *hub);
+
+int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
+void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);
+
+#endif

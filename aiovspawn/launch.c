@@ -1,0 +1,659 @@
+/* The in-flight table: see launch.h for its rules. */
+#define _GNU_SOURCE
+#include "launch.h"
+#include "hub.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+
+enum {
+    STACK_SIZE = 16 * 1024,      /* the child's deepest frame is 1.5 KiB, no handler runs on it */
+    BLOCK_SIZE = 64 * 1024,      /* of a block that is kept for later launches */
+    FREE_BLOCKS_MAX = 32,
+    WAIT_PIDFD = 3, /* P_PIDFD */
+};
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct launch *first_launch;
+static struct launch_counts counts;
+static struct block *free_blocks;
+static uint64_t last_id;
+static uint64_t generation; /* counts forks */
+
+/* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
+static size_t hiding;
+static int visible_before;
+
+void launch_lock(void)
+{
+    (void)pthread_mutex_lock(&mutex);
+}
+
+void launch_unlock(void)
+{
+    (void)pthread_mutex_unlock(&mutex);
+}
+
+uint64_t launch_generation(void)
+{
+    return generation;
+}
+
+/* True in a forked child for what its parent had made: the processes are not
+ * its children, and an epoll set is shared with the parent, which would lose
+ * what is removed here. */
+bool launch_is_foreign(uint64_t made_in)
+{
+    return made_in != generation;
+}
+
+struct launch *launch_first_locked(void)
+{
+    return first_launch;
+}
+
+/* ---- blocks ---------------------------------------------------------------- */
+
+static size_t page_size(void)
+{
+    return (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* The guard page is the lowest: a stack that overflows faults in the child. */
+static char *block_base(struct block *block)
+{
+    return (char *)block - STACK_SIZE - page_size();
+}
+
+static void *block_stack(struct block *block)
+{
+    return (char *)block - STACK_SIZE;
+}
+
+static struct block *map_block(size_t size)
+{
+    size_t page = page_size();
+    size = (size + page - 1) / page * page;
+    char *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
+    if (base == MAP_FAILED)
+        return NULL;
+    if (mprotect(base, page, PROT_NONE) < 0) {
+        (void)munmap(base, size);
+        return NULL;
+    }
+    struct block *block = (struct block *)(void *)(base + page + STACK_SIZE);
+    block->size = size;
+    return block;
+}
+
+/* A block whose arena holds arena_size bytes in 16-byte units, or NULL. */
+struct block *block_new(size_t arena_size)
+{
+    size_t overhead = page_size() + STACK_SIZE + sizeof(struct block);
+    struct block *block = NULL;
+    if (arena_size > SIZE_MAX / 2)
+        return NULL;
+    if (overhead + arena_size <= BLOCK_SIZE) {
+        launch_lock();
+        block = free_blocks;
+        if (block) {
+            free_blocks = block->next;
+            counts.free_blocks--;
+        }
+        launch_unlock();
+    }
+    if (!block)
+        block = map_block(overhead + arena_size > BLOCK_SIZE ? overhead + arena_size : BLOCK_SIZE);
+    if (block)
+        block->used = 0;
+    return block;
+}
+
+/* Memory from the arena, 16-byte aligned; NULL when it is used up. */
+void *block_take(struct block *block, size_t size)
+{
+    size_t room = (size_t)(block_base(block) + block->size - block->arena);
+    if (size > room - block->used)
+        return NULL;
+    void *taken = block->arena + block->used;
+    size_t rounded = (size + 15) / 16 * 16;
+    block->used = rounded > room - block->used ? room : block->used + rounded;
+    return taken;
+}
+
+static void block_free_locked(struct block *block)
+{
+    if (block->size <= BLOCK_SIZE && counts.free_blocks < FREE_BLOCKS_MAX) {
+        block->next = free_blocks;
+        free_blocks = block;
+        counts.free_blocks++;
+    } else {
+        (void)munmap(block_base(block), block->size);
+    }
+}
+
+void block_free(struct block *block)
+{
+    launch_lock();
+    block_free_locked(block);
+    launch_unlock();
+}
+
+/* ---- the parent's memory and a child with other ids ------------------------- */
+
+/* Whoever has the child's new uid could open our memory through the child's
+ * /proc entry, if it is dumpable, until the child has exec'd; and the child's
+ * setuid(2) changes that flag of the shared memory anyway. So it is cleared
+ * before the first such clone and set again after the last exec. prctl(2). */
+static void hide_memory_locked(struct launch *launch)
+{
+    launch->hides_memory = true;
+    if (hiding++ == 0) {
+        visible_before = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
+        (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+    }
+}
+
+static void show_memory_locked(struct launch *launch)
+{
+    if (!launch->hides_memory)
+        return;
+    launch->hides_memory = false;
+    if (--hiding == 0 && visible_before == 1)
+        (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+}
+
+static bool changes_ids(const struct spawn_request *request)
+{
+    for (size_t i = 0; i < request->step_count; i++)
+        if (request->steps[i].op == SPAWN_SETUID || request->steps[i].op == SPAWN_SETGID)
+            return true;
+    return false;
+}
+
+/* ---- the table ---------------------------------------------------------------- */
+
+static struct launch *new_launch_locked(struct hub *hub)
+{
+    struct launch *launch = calloc(1, sizeof *launch);
+    if (!launch)
+        return NULL;
+    spawn_ends_init(&launch->ends);
+    launch->id = ++last_id;
+    launch->generation = generation;
+    launch->hub = hub;
+    launch->owned = true;
+    launch->pidfd = -1;
+    launch->next = first_launch;
+    if (first_launch)
+        first_launch->previous = launch;
+    first_launch = launch;
+    counts.launches++;
+    return launch;
+}
+
+static void free_launch_locked(struct launch *launch)
+{
+    if (launch->previous)
+        launch->previous->next = launch->next;
+    else
+        first_launch = launch->next;
+    if (launch->next)
+        launch->next->previous = launch->previous;
+    counts.launches--;
+    free(launch);
+}
+
+static int *slot_fd(struct launch *launch, enum launch_slot slot)
+{
+    switch (slot) {
+    case LAUNCH_STDIN:
+    case LAUNCH_STDOUT:
+    case LAUNCH_STDERR:
+        return &launch->ends.parent[slot];
+    case LAUNCH_STATUS:
+        return &launch->ends.status_read;
+    case LAUNCH_PIDFD:
+    case LAUNCH_SLOTS:
+        break;
+    }
+    return &launch->pidfd;
+}
+
+int launch_slot_fd(const struct launch *launch, enum launch_slot slot)
+{
+    return *slot_fd((struct launch *)(uintptr_t)launch, slot);
+}
+
+/* Out of the epoll set first: a child that has not exec'd yet may hold a copy,
+ * and then a closed fd would stay in the set and report for ever. */
+void launch_close_slot_locked(struct launch *launch, enum launch_slot slot)
+{
+    int *fd = slot_fd(launch, slot), old = *fd;
+    hub_unwatch_locked(launch, slot);
+    *fd = -1;
+    if (old >= 0)
+        (void)close(old);
+}
+
+static void close_all_locked(struct launch *launch)
+{
+    for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
+        launch_close_slot_locked(launch, (enum launch_slot)slot);
+    spawn_close_child_ends(&launch->ends);
+}
+
+/* Frees the block if the child has left our memory, and tells. */
+bool launch_left_memory_locked(struct launch *launch)
+{
+    if (!launch->block)
+        return true;
+    if (!launch->exited && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
+        return false;
+    show_memory_locked(launch);
+    block_free_locked(launch->block);
+    launch->block = NULL;
+    return true;
+}
+
+static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict)
+{
+    launch->verdict = verdict;
+    counts.in_flight--;
+    launch_close_slot_locked(launch, LAUNCH_STATUS);
+    (void)launch_left_memory_locked(launch);
+}
+
+/* Looks once at the status pipe of a launch without a verdict; true when there
+ * is one now. A dead child and one that has left our memory by itself need no
+ * end of file, which a stranger's copy of the write end might hold back. */
+bool launch_read_status_locked(struct launch *launch)
+{
+    struct spawn_record record;
+    bool left = launch->exited || (launch->detached && launch_left_memory_locked(launch));
+    ssize_t size = read(launch->ends.status_read, &record, sizeof record);
+    if (size == (ssize_t)sizeof record) {
+        launch->record = record;
+        set_verdict_locked(launch, LAUNCH_FAILED);
+    } else if (size == 0 || left) {
+        set_verdict_locked(launch, LAUNCH_EXECED);
+    }
+    return launch->verdict != LAUNCH_PENDING;
+}
+
+/* ---- reaping -------------------------------------------------------------------- */
+
+/* struct pidfd_info and PIDFD_GET_INFO of linux/pidfd.h (6.13; exit code since 6.15). */
+struct pidfd_exit_info {
+    uint64_t mask, cgroup;
+    uint32_t ids[11];
+    int32_t exit_code;
+};
+#define PIDFD_INFO_EXIT_BIT 8
+#define PIDFD_GET_INFO_REQUEST _IOWR(0xFF, 11, struct pidfd_exit_info)
+
+static int returncode_of(int wait_status)
+{
+    return WIFSIGNALED(wait_status) ? -WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
+}
+
+/* Somebody else has reaped the child, or SIGCHLD is ignored: the pidfd may
+ * still know. 255 is what asyncio says where nobody does. */
+static void recover_status(struct launch *launch)
+{
+    struct pidfd_exit_info info = {.mask = PIDFD_INFO_EXIT_BIT};
+    int result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
+    launch->status_lost = result < 0 || !(info.mask & PIDFD_INFO_EXIT_BIT);
+    launch->returncode = launch->status_lost ? 255 : returncode_of(info.exit_code);
+}
+
+/* waitid(2) with the rusage that libc's wrapper lacks. */
+static int wait_child(struct launch *launch, siginfo_t *ret_info)
+{
+    int flags = WEXITED | WNOHANG;
+    ret_info->si_pid = 0;
+    long result = syscall(SYS_waitid, WAIT_PIDFD, launch->pidfd, ret_info, flags, &launch->usage);
+    if (result < 0 && errno == EINVAL) /* before Linux 5.4; our child's pid stays its own until reaped */
+        result = syscall(SYS_waitid, P_PID, launch->pid, ret_info, flags, &launch->usage);
+    return result < 0 ? -errno : 0;
+}
+
+/* Reaps the child if it has exited, and tells whether it has. */
+bool launch_reap_locked(struct launch *launch)
+{
+    siginfo_t info;
+    if (launch->exited || launch->pidfd < 0 || launch_is_foreign(launch->generation))
+        return launch->exited;
+    int result = wait_child(launch, &info);
+    if (result == 0 && info.si_pid == 0)
+        return false;
+    if (result == 0)
+        launch->returncode = info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
+    else
+        recover_status(launch);
+    launch->exited = true;
+    (void)launch_left_memory_locked(launch);
+    return true;
+}
+
+static size_t reap_orphans_locked(void)
+{
+    struct launch *next, *launch = counts.orphans ? first_launch : NULL;
+    for (; launch; launch = next) {
+        next = launch->next;
+        if (launch->owned)
+            continue;
+        (void)launch_left_memory_locked(launch);
+        if (launch_reap_locked(launch)) {
+            close_all_locked(launch);
+            counts.orphans--;
+            free_launch_locked(launch);
+        }
+    }
+    return counts.orphans;
+}
+
+/* Reaps orphans that have exited; returns how many live on. */
+size_t launch_reap_orphans(void)
+{
+    launch_lock();
+    size_t left = reap_orphans_locked();
+    launch_unlock();
+    return left;
+}
+
+/* The owner lets go: pipes are closed, and a child not yet reaped is an orphan. */
+static void disown_locked(struct launch *launch)
+{
+    for (int slot = 0; slot <= LAUNCH_STATUS; slot++)
+        launch_close_slot_locked(launch, (enum launch_slot)slot);
+    hub_unwatch_locked(launch, LAUNCH_PIDFD);
+    if (launch->verdict == LAUNCH_PENDING) {
+        launch->verdict = LAUNCH_EXECED; /* nobody will ask */
+        counts.in_flight--;
+    }
+    launch->hub = NULL;
+    launch->owned = false;
+    if (launch_reap_locked(launch) || launch_is_foreign(launch->generation)) {
+        close_all_locked(launch);
+        if (launch->block)
+            block_free_locked(launch->block);
+        free_launch_locked(launch);
+    } else {
+        counts.orphans++;
+    }
+}
+
+void launch_disown(struct launch *launch)
+{
+    launch_lock();
+    disown_locked(launch);
+    launch_unlock();
+}
+
+/* ---- starting ------------------------------------------------------------------- */
+
+static int watch_ends_locked(struct launch *launch)
+{
+    int result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
+    if (result == 0 && launch->ends.parent[0] >= 0)
+        result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
+        if (launch->ends.parent[slot] >= 0)
+            result = hub_watch_locked(launch, (enum launch_slot)slot, EPOLLIN);
+    return result;
+}
+
+/* The mutex is held on entry and on return. */
+static int clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
+{
+    bool waits = !spawn_is_detached(rung);
+    if (changes_ids(&block->request) && rung != SPAWN_FORK)
+        hide_memory_locked(launch);
+    launch->contended = counts.in_flight > 1;
+    if (waits)
+        launch_unlock();
+    int pidfd = -1;
+    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, rung, &pidfd);
+    if (waits)
+        launch_lock();
+    if (pid < 0) {
+        show_memory_locked(launch);
+        return pid;
+    }
+    launch->pid = pid;
+    launch->pidfd = pidfd;
+    launch->block = block;
+    launch->detached = spawn_is_detached(rung);
+    return 0;
+}
+
+static int open_and_clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung,
+                                 enum spawn_op *ret_op)
+{
+    int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
+    if (result == 0)
+        result = watch_ends_locked(launch);
+    if (result < 0)
+        return result;
+    spawn_prepare(&block->request, &launch->ends, rung, &block->child);
+    *ret_op = SPAWN_CLONE;
+    result = clone_locked(launch, block, rung);
+    spawn_close_child_ends(&launch->ends);
+    return result;
+}
+
+/* Launches what the block describes, on one rung. The block is the launch's on
+ * success and stays the caller's on failure; then nothing is left behind and
+ * *ret_op says where it failed. The fork and vfork rungs take as long as the
+ * child's exec. */
+int launch_start(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+                 enum spawn_op *ret_op)
+{
+    *ret_op = SPAWN_OPEN_PIPES;
+    launch_lock();
+    (void)reap_orphans_locked();
+    struct launch *launch = new_launch_locked(hub);
+    if (!launch) {
+        launch_unlock();
+        return -ENOMEM;
+    }
+    counts.in_flight++;
+    int result = open_and_clone_locked(launch, block, rung, ret_op);
+    if (result < 0) {
+        close_all_locked(launch);
+        counts.in_flight--;
+        free_launch_locked(launch);
+    } else {
+        (void)launch_left_memory_locked(launch);
+        result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+        if (result < 0) {
+            (void)syscall(SYS_pidfd_send_signal, launch->pidfd, SIGKILL, NULL, 0);
+            disown_locked(launch);
+        } else {
+            *ret_launch = launch;
+        }
+    }
+    launch_unlock();
+    return result;
+}
+
+/* Takes over a process that has exec'd already, and the parent ends of its
+ * pipes, which must be non-blocking. They stay the caller's on failure. */
+int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    if (pidfd < 0)
+        return -errno;
+    launch_lock();
+    struct launch *launch = new_launch_locked(hub);
+    int result = launch ? 0 : -ENOMEM;
+    if (launch) {
+        launch->pid = pid;
+        launch->pidfd = pidfd;
+        launch->verdict = LAUNCH_EXECED;
+        memcpy(launch->ends.parent, parent_ends, sizeof launch->ends.parent);
+        for (int slot = 0; slot <= LAUNCH_STDERR && result == 0; slot++)
+            if (parent_ends[slot] >= 0)
+                result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? EPOLLIN : EPOLLERR);
+        if (result == 0)
+            result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+    }
+    if (launch && result < 0) {
+        for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
+            hub_unwatch_locked(launch, (enum launch_slot)slot);
+        free_launch_locked(launch);
+    }
+    launch_unlock();
+    if (result < 0)
+        (void)close(pidfd);
+    else
+        *ret_launch = launch;
+    return result;
+}
+
+/* ---- one launch -------------------------------------------------------------------- */
+
+/* Reaps the child if it has exited. Returns 1 if it has, else 0. */
+int launch_poll(struct launch *launch)
+{
+    launch_lock();
+    bool exited = launch_reap_locked(launch);
+    launch_unlock();
+    return exited;
+}
+
+int launch_signal(struct launch *launch, int sig)
+{
+    launch_lock();
+    int result = -ESRCH;
+    if (launch->pidfd >= 0 && !launch->exited)
+        result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
+    launch_unlock();
+    return result;
+}
+
+/* Writes to the child's stdin what fits; -EAGAIN when that is nothing. */
+ssize_t launch_write(struct launch *launch, const void *data, size_t size)
+{
+    launch_lock();
+    ssize_t written = write(launch->ends.parent[LAUNCH_STDIN], data, size);
+    if (written < 0)
+        written = -errno;
+    launch_unlock();
+    return written;
+}
+
+/* Turns on or off what a loop wants to hear of a pipe: data of stdout and
+ * stderr, room in stdin. Of stdin, the reader's end is always told. */
+int launch_watch(struct launch *launch, enum launch_slot slot, bool watch)
+{
+    int result = 0;
+    launch_lock();
+    if (launch_slot_fd(launch, slot) >= 0) {
+        if (slot == LAUNCH_STDIN)
+            result = hub_watch_locked(launch, slot, watch ? EPOLLOUT : EPOLLERR);
+        else if (watch)
+            result = hub_watch_locked(launch, slot, EPOLLIN);
+        else
+            hub_unwatch_locked(launch, slot);
+    }
+    launch_unlock();
+    return result;
+}
+
+void launch_close_pipe(struct launch *launch, enum launch_slot slot)
+{
+    launch_lock();
+    launch_close_slot_locked(launch, slot);
+    launch_unlock();
+}
+
+/* Whether a launch older than this one has not exec'd yet. */
+bool launch_in_flight_before(uint64_t id)
+{
+    bool found = false;
+    launch_lock();
+    for (struct launch *launch = first_launch; launch && !found; launch = launch->next)
+        found = launch->id < id && launch->verdict == LAUNCH_PENDING &&
+                !(launch->detached && launch_left_memory_locked(launch));
+    launch_unlock();
+    return found;
+}
+
+struct launch_counts launch_count(void)
+{
+    launch_lock();
+    struct launch_counts result = counts;
+    launch_unlock();
+    return result;
+}
+
+/* 0 if the kernel has pidfds and lets us wait on them, else -errno. */
+int launch_probe_pidfd(void)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (pidfd < 0)
+        return -errno;
+    (void)close(pidfd);
+    return 0;
+}
+
+/* ---- fork ---------------------------------------------------------------------------- */
+
+/* In the forked child: what is in flight must not be held open by it. The
+ * owners' pipes and pidfds stay, as any fd does; orphans have nobody left. */
+static void after_fork_in_child(void)
+{
+    struct launch *next;
+    generation++;
+    if (hiding > 0 && visible_before == 1)
+        (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+    hiding = 0;
+    for (struct launch *launch = first_launch; launch; launch = next) {
+        next = launch->next;
+        launch->hides_memory = false;
+        if (launch->verdict == LAUNCH_PENDING)
+            launch->verdict = LAUNCH_EXECED; /* the parent's to judge */
+        launch_close_slot_locked(launch, LAUNCH_STATUS);
+        spawn_close_child_ends(&launch->ends);
+        if (!launch->owned) {
+            close_all_locked(launch);
+            free_launch_locked(launch);
+        }
+    }
+    counts.orphans = 0;
+    counts.in_flight = 0;
+    launch_unlock();
+}
+
+/* Registers the fork handlers, once per process. */
+int launch_init(void)
+{
+    static bool registered;
+    int result = 0;
+    launch_lock();
+    if (!registered)
+        result = -pthread_atfork(launch_lock, launch_unlock, after_fork_in_child);
+    registered = registered || result == 0;
+    launch_unlock();
+    return result;
+}

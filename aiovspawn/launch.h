@@ -1,0 +1,101 @@
+/* Launches: the in-flight table, and the blocks of memory that children run on.
+ *
+ * There is one table per process, under one mutex: the GIL does not cover other
+ * interpreters, free-threaded builds and C threads that fork. Rules:
+ *
+ *  - every function below takes the mutex itself, unless its name ends in
+ *    _locked; whoever holds it calls neither Python nor anything that waits;
+ *  - pipes, clone and closing of the child's ends happen in one turn under it,
+ *    so that a fork in another thread sees none of them or, through the
+ *    pthread_atfork handlers, closes them. Only the vfork and fork rungs let go
+ *    of it round the clone; their fds are in the table by then;
+ *  - a launch is freed when its owner has let go of it and its child has been
+ *    reaped. Without an owner it is an orphan, and reaped by a later launch;
+ *  - its block is freed when the child has left our memory, never before.
+ */
+#ifndef AIOVSPAWN_LAUNCH_H
+#define AIOVSPAWN_LAUNCH_H
+
+#include "spawn.h"
+
+#include <sys/resource.h>
+#include <sys/types.h>
+
+struct hub;
+
+/* The memory of one child: guard page, stack, then what it reads. */
+struct block {
+    struct block *next; /* in the list of free blocks */
+    size_t size;        /* of the whole mapping, bytes */
+    size_t used;        /* of the arena */
+    struct spawn_request request;
+    struct spawn_child child;
+    _Alignas(16) char arena[];
+};
+
+/* What a hub can watch of a launch; the first three are the child's fd numbers. */
+enum launch_slot { LAUNCH_STDIN, LAUNCH_STDOUT, LAUNCH_STDERR, LAUNCH_STATUS, LAUNCH_PIDFD, LAUNCH_SLOTS };
+
+enum launch_verdict { LAUNCH_PENDING, LAUNCH_EXECED, LAUNCH_FAILED };
+
+struct launch {
+    struct launch *previous, *next; /* in the table */
+    uint64_t id;                    /* ascending, never reused */
+    uint64_t generation;            /* of the process that made it: see launch_is_foreign() */
+    struct hub *hub;                /* NULL when no loop watches it */
+    uint32_t watched[LAUNCH_SLOTS]; /* epoll events, 0 when not in the epoll set */
+    struct block *block;            /* NULL when the child has left our memory */
+    struct spawn_ends ends;
+    enum launch_verdict verdict;
+    struct spawn_record record; /* of a failed launch */
+    bool owned;
+    bool contended; /* another launch had not exec'd when this one was cloned */
+    bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
+    bool hides_memory;
+    bool exited;
+    bool status_lost; /* exit status taken by another wait(), and the kernel cannot tell */
+    pid_t pid;
+    int pidfd; /* -1 once reaped */
+    int returncode;
+    struct rusage usage;
+};
+
+struct launch_counts {
+    size_t launches, orphans, in_flight, free_blocks;
+};
+
+int launch_init(void);
+
+struct block *block_new(size_t arena_size);
+void *block_take(struct block *block, size_t size);
+void block_free(struct block *block);
+
+int launch_start(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+                 enum spawn_op *ret_op);
+int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch);
+void launch_disown(struct launch *launch);
+
+int launch_poll(struct launch *launch);
+int launch_signal(struct launch *launch, int sig);
+ssize_t launch_write(struct launch *launch, const void *data, size_t size);
+int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);
+void launch_close_pipe(struct launch *launch, enum launch_slot slot);
+
+size_t launch_reap_orphans(void);
+bool launch_in_flight_before(uint64_t id);
+struct launch_counts launch_count(void);
+int launch_probe_pidfd(void);
+
+/* For hub.c, with the mutex held. */
+void launch_lock(void);
+void launch_unlock(void);
+struct launch *launch_first_locked(void);
+bool launch_is_foreign(uint64_t generation);
+uint64_t launch_generation(void);
+int launch_slot_fd(const struct launch *launch, enum launch_slot slot);
+void launch_close_slot_locked(struct launch *launch, enum launch_slot slot);
+bool launch_read_status_locked(struct launch *launch);
+bool launch_reap_locked(struct launch *launch);
+bool launch_left_memory_locked(struct launch *launch);
+
+#endif

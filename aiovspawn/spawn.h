@@ -1,0 +1,120 @@
+/* The launch of one child: what the parent prepares and what the child does.
+ *
+ * Plain C over raw system calls; nothing here allocates, locks or knows of
+ * Python. Functions return 0 or a value on success and -errno on failure.
+ */
+#ifndef AIOVSPAWN_SPAWN_H
+#define AIOVSPAWN_SPAWN_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* The rungs of the ladder that this file can clone on, best first. */
+enum spawn_rung {
+    SPAWN_DETACHED_CLONE3,
+    SPAWN_DETACHED_CLONE,
+    SPAWN_VFORK,
+    SPAWN_FORK,
+    SPAWN_RUNGS,
+};
+
+/* What a child can do before it runs its program. spawn_step_names has them too. */
+enum spawn_op {
+    SPAWN_OPEN_PIPES, /* in the parent: pipes and /dev/null for stdio */
+    SPAWN_CLONE,      /* in the parent */
+    SPAWN_RESET_HANDLERS,
+    SPAWN_CLOSE_RANGE, /* a: first fd, b: last fd */
+    SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
+    SPAWN_PASS_FD,     /* a: fd that the program inherits */
+    SPAWN_CHDIR,       /* data: path */
+    SPAWN_UMASK,       /* a: mask */
+    SPAWN_RESTORE_SIGNALS,
+    SPAWN_SETSID,
+    SPAWN_SETPGID,   /* a: process group, 0 for a new one */
+    SPAWN_SETGROUPS, /* a: count, data: uint32_t group ids */
+    SPAWN_SETGID,    /* a: group id */
+    SPAWN_SETUID,    /* a: user id */
+    SPAWN_HIDE_MEMORY,
+    SPAWN_SET_MASK,
+    SPAWN_EXEC,
+    SPAWN_OPS,
+};
+
+struct spawn_step {
+    enum spawn_op op;
+    long a, b;
+    const void *data;
+};
+
+/* Values of the stdio plan besides a file descriptor of the user's. The first
+ * three are subprocess.PIPE, STDOUT and DEVNULL. */
+enum {
+    SPAWN_PIPE = -1,
+    SPAWN_STDOUT = -2,
+    SPAWN_DEVNULL = -3,
+    SPAWN_INHERIT = -4,
+    SPAWN_BAD_FD = -5, /* any other negative number: the child's dup fails */
+};
+
+/* Everything the user asked for, as pointers into the launch's block. */
+struct spawn_request {
+    const char *const *programs; /* tried in order, NULL at the end */
+    char *const *argv;
+    char *const *envp;
+    int stdio[3];
+    int pipe_size; /* bytes, or <= 0 for the system's */
+    bool close_fds;
+    const int *pass_fds; /* ascending, without duplicates */
+    size_t pass_fd_count;
+    const struct spawn_step *steps; /* the user's options, in the order they are done */
+    size_t step_count;
+};
+
+/* What the child reads. It lives in the launch's block until the kernel has
+ * cleared `in_memory` (detached rungs), or the clone has returned (the others). */
+struct spawn_child {
+    uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
+    int status_fd;      /* write end of the status pipe, close-on-exec */
+    uint64_t mask;      /* the calling thread's signal mask */
+    const char *const *programs;
+    char *const *argv;
+    char *const *envp;
+    struct spawn_step *steps; /* has room for spawn_step_bound() */
+    size_t step_count;
+};
+
+/* The file descriptors of a launch that the parent opened; -1 where there is none. */
+struct spawn_ends {
+    int status_read, status_write;
+    int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
+    int child[3];  /* what we opened for the child's fd 0, 1, 2 */
+    int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
+};
+
+/* What the status pipe carries when a step failed. */
+struct spawn_record {
+    int32_t op;
+    int32_t error;
+};
+
+extern const char *const spawn_step_names[SPAWN_OPS];
+
+void spawn_ends_init(struct spawn_ends *ends);
+int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op);
+void spawn_close_child_ends(struct spawn_ends *ends);
+void spawn_close_ends(struct spawn_ends *ends);
+int spawn_raise_fd(int fd);
+
+size_t spawn_step_bound(const struct spawn_request *request);
+void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
+                   struct spawn_child *child);
+int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
+                int *ret_pidfd);
+
+static inline bool spawn_is_detached(enum spawn_rung rung)
+{
+    return rung == SPAWN_DETACHED_CLONE3 || rung == SPAWN_DETACHED_CLONE;
+}
+
+#endif

@@ -1,0 +1,19 @@
+"""The one thing pyproject.toml cannot say: where the extension can be built.
+
+Elsewhere the package installs without it and delegates to asyncio. Where it can
+be built a compiler error is an error: a package that fell back silently would
+be slow without telling.
+"""
+
+from sysconfig import get_platform
+
+from setuptools import Extension, setup
+
+core = Extension(
+    "aiovspawn._core",
+    sources=["aiovspawn/_core.c", "aiovspawn/hub.c", "aiovspawn/launch.c", "aiovspawn/spawn.c"],
+    depends=["aiovspawn/hub.h", "aiovspawn/launch.h", "aiovspawn/spawn.h", "aiovspawn/sys.h"],
+    extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
+)
+
+setup(ext_modules=[core] if get_platform() in ("linux-x86_64", "linux-aarch64") else [])
