@@ -14,9 +14,9 @@ import asyncio
 import contextvars
 import os
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from . import _core
 
@@ -34,9 +34,10 @@ class LoopHub:
     """The C hub of one loop and the transports of its launches, by launch id."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        # Weak, and no handle of the loop's is kept: a hub must not keep its loop alive.
+        self._loop = weakref.ref(loop)
         self._events: deque[tuple[int, int, Any]] = deque()
-        self._sweeper: asyncio.TimerHandle | None = None
+        self._sweeping = False
         self._closed = False
         self.transports: dict[int, SubprocessTransport] = {}
         self.undecided = 0
@@ -58,14 +59,20 @@ class LoopHub:
     def await_verdict(self) -> None:
         """Look after launches whose status pipe some stranger may hold open."""
         self.undecided += 1
-        if self._sweeper is None:
-            self._sweeper = self._context.run(self._loop.call_later, SWEEP_INTERVAL, self._sweep)
+        if not self._sweeping:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        loop = self._loop()
+        if loop is not None:
+            self._sweeping = True
+            self._context.run(loop.call_later, SWEEP_INTERVAL, self._sweep)
 
     def _sweep(self) -> None:
-        self._sweeper = None
+        self._sweeping = False
         if self.undecided > 0 and not self._closed:
+            self._sweep_later()
             self._events.extend(self.core.sweep())
-            self._sweeper = self._context.run(self._loop.call_later, SWEEP_INTERVAL, self._sweep)
             self._dispatch()
 
     def _drain(self) -> None:
@@ -83,24 +90,24 @@ class LoopHub:
                     transport.on_event(kind, value)
         finally:
             # A KeyboardInterrupt may come between any two lines; an event comes only once.
-            if events and not self._closed:
-                self._loop.call_soon(self._dispatch)
+            loop = self._loop()
+            if events and loop is not None and not self._closed:
+                loop.call_soon(self._dispatch)
 
     def close(self) -> None:
         """Close the epoll set; the transports keep their launches, unwatched."""
         if self._closed:
             return
         self._closed = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        if not self._loop.is_closed():
-            self._loop.remove_reader(self.core.fileno())
+        loop = self._loop()
+        if loop is not None and not loop.is_closed():
+            loop.remove_reader(self.core.fileno())
         self.core.close()
         self.transports.clear()
         _core.reap_orphans()
 
 
-_hubs: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopHub] = WeakKeyDictionary()
+_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopHub] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 

@@ -104,7 +104,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if request.popen is None:
             self._hub.await_verdict()
         else:
-            self._execed()
+            self._call_soon(self._execed)
 
     async def wait_for_exec(self) -> None:
         """Wait until the program runs; raise as subprocess does if it does not.
@@ -375,9 +375,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             if self.loop.get_debug() and not launching:
                 logger.warning("Close running child process: kill %r", self)
             try:
-                self._launch.send_signal(signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # it has just exited, or has become somebody else's
+                self.get_extra_info("subprocess").kill()
+            except PermissionError:
+                pass  # it has become somebody else's
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         if not self._closed:

@@ -1,0 +1,163 @@
+"""Fixtures: every test is checked for what it leaves; rungs; programs built from tests/c."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import aiovspawn
+from aiovspawn import _core
+from aiovspawn._launch import CORE_RUNGS, ladder
+
+HERE = Path(__file__).parent
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"aiovspawn": aiovspawn.new_event_loop}
+
+
+# ---- what a test leaves ------------------------------------------------------
+
+
+@dataclass
+class Footprint:
+    """What must be the same before and after a test."""
+
+    fds: dict[str, str]
+    children: set[str]
+    threads: set[str]
+    masks: dict[str, str]
+    dispositions: list[object]
+    launches: int
+    orphans: int
+    in_flight: int
+
+    @classmethod
+    def now(cls) -> Footprint:
+        tasks = os.listdir("/proc/self/task")
+        counts = _core.counts()
+        return cls(
+            fds=_open_fds(),
+            children=_children(),
+            threads=set(tasks),
+            masks={task: _status(task, "SigBlk") for task in tasks},
+            dispositions=[signal.getsignal(number) for number in signal.valid_signals()],
+            launches=counts["launches"],
+            orphans=counts["orphans"],
+            in_flight=counts["in_flight"],
+        )
+
+
+def _open_fds() -> dict[str, str]:
+    fds = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            pass  # the listing's own
+    return fds
+
+
+def _children() -> set[str]:
+    """Children of all threads, dead or alive."""
+    children: set[str] = set()
+    for task in os.listdir("/proc/self/task"):
+        children.update(Path(f"/proc/self/task/{task}/children").read_text().split())
+    return children
+
+
+def _status(task: str, field: str) -> str:
+    for line in Path(f"/proc/self/task/{task}/status").read_text().splitlines():
+        if line.startswith(field):
+            return line
+    raise LookupError(field)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing() -> Iterator[None]:
+    """Fail a test that leaves a fd, child, zombie, thread, launch, signal mask or disposition."""
+    gc.collect()
+    before = Footprint.now()
+    yield
+    # Warnings are errors, and pytest turns those of __del__ into test errors.
+    gc.collect()
+    assert Footprint.now() == before
+    assert threading.active_count() == 1
+
+
+@pytest.fixture(autouse=True)
+def tasks_are_watched(request: pytest.FixtureRequest, leaves_nothing: None) -> None:
+    """Fail an async test that leaves a task; its loop is closed before the footprint is taken."""
+    if request.node.get_closest_marker("asyncio"):
+        request.getfixturevalue("leaves_no_task")
+
+
+@pytest.fixture
+async def leaves_no_task() -> AsyncIterator[None]:
+    before = asyncio.all_tasks()
+    yield
+    assert asyncio.all_tasks() - {asyncio.current_task()} <= before
+
+
+# ---- rungs ---------------------------------------------------------------------
+
+
+@pytest.fixture(params=[*CORE_RUNGS, "popen"])
+def rung(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every rung."""
+    ladder.force(request.param)
+    yield request.param
+    ladder.force(None)
+
+
+@pytest.fixture(params=CORE_RUNGS)
+def core_rung(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every rung of the C core."""
+    ladder.force(request.param)
+    yield request.param
+    ladder.force(None)
+
+
+# ---- the peer -----------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def popen_without_posix_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let subprocess.Popen always clone by itself.
+
+    glibc's posix_spawn leaves two signals ignored in the child, CPython before 3.13
+    gives it os.environ for the C environment, and its errors name no step.
+    """
+    monkeypatch.setattr(subprocess, "_USE_POSIX_SPAWN", False)
+
+
+# ---- programs --------------------------------------------------------------------
+
+
+def compile_program(target: Path, *arguments: str, compiler: str = "cc") -> Path:
+    subprocess.run([compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *arguments, "-o", target], check=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def view(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that writes what it sees of itself to the file named by its argument."""
+    return compile_program(tmp_path_factory.mktemp("view") / "view", "-O1", str(HERE / "c" / "view.c"))
+
+
+@pytest.fixture
+def python() -> list[str]:
+    """A fresh interpreter that treats warnings as errors and imports this package."""
+    return [sys.executable, "-W", "error"]
