@@ -14,7 +14,6 @@
 #include "launch.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -25,12 +24,12 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    struct hub *hub; /* NULL once closed */
+    struct hub *hub; /* NULL only if it could not be made */
 } HubObject;
 
 typedef struct {
     PyObject_HEAD
-    struct launch *launch; /* NULL once closed */
+    struct launch *launch; /* NULL only if there was none to be had */
     uint64_t id;
     pid_t pid;
     bool contended;
@@ -55,19 +54,20 @@ static PyObject *raise_errno(int negative)
 /* A list of bytes objects, NUL-free, from a sequence of str, bytes or PathLike. */
 static PyObject *fs_encode_all(PyObject *sequence)
 {
-    PyObject *fast = PySequence_Fast(sequence, "expected a sequence");
-    if (!fast)
+    /* A tuple of our own: an item's __fspath__() may change the caller's list. */
+    PyObject *tuple = PySequence_Tuple(sequence);
+    if (!tuple)
         return NULL;
-    Py_ssize_t count = PySequence_Fast_GET_SIZE(fast);
+    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
     PyObject *list = PyList_New(count);
     for (Py_ssize_t i = 0; list && i < count; i++) {
         PyObject *encoded = NULL;
-        if (PyUnicode_FSConverter(PySequence_Fast_GET_ITEM(fast, i), &encoded))
+        if (PyUnicode_FSConverter(PyTuple_GET_ITEM(tuple, i), &encoded))
             PyList_SET_ITEM(list, i, encoded);
         else
             Py_CLEAR(list);
     }
-    Py_DECREF(fast);
+    Py_DECREF(tuple);
     return list;
 }
 
@@ -280,13 +280,13 @@ static const char *const rung_names[SPAWN_RUNGS] = {
 static atomic_int rung_in_use;
 static atomic_bool rung_forced;
 
-static bool is_refusal(int result, enum spawn_op op)
+static bool is_refusal(int result, enum spawn_op op, const struct block *block)
 {
-    return op == SPAWN_CLONE && (result == -ENOSYS || result == -EPERM || result == -EINVAL);
+    return block && op == SPAWN_CLONE && (result == -ENOSYS || result == -EPERM || result == -EINVAL);
 }
 
 /* One rung. Those that wait for the child's exec let other threads run. */
-static int start_on(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+static int start_on(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
                     enum spawn_op *ret_op)
 {
     int result;
@@ -300,12 +300,12 @@ static int start_on(struct hub *hub, struct block *block, enum spawn_rung rung, 
 
 /* Starts at the rung in use and steps down where one is refused, also when that
  * happens only now: a filter may have been installed since the last launch. */
-static int start_on_ladder(struct hub *hub, struct block *block, enum spawn_rung *ret_rung,
+static int start_on_ladder(struct hub *hub, struct block **block, enum spawn_rung *ret_rung,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
     int rung = atomic_load(&rung_in_use);
     int result = start_on(hub, block, (enum spawn_rung)rung, ret_launch, ret_op);
-    while (is_refusal(result, *ret_op) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
+    while (is_refusal(result, *ret_op, *block) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
         result = start_on(hub, block, (enum spawn_rung)++rung, ret_launch, ret_op);
     if (result == 0 && !atomic_load(&rung_forced))
         atomic_store(&rung_in_use, rung);
@@ -339,14 +339,18 @@ static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
 
 /* ---- Launch ---------------------------------------------------------------------- */
 
-static PyObject *new_launch_object(core_state *state, struct launch *launch, enum spawn_rung rung)
+/* Made before there is a child, so that nothing can fail after. */
+static LaunchObject *new_launch_object(HubObject *hub)
 {
+    core_state *state = state_of(Py_TYPE(hub));
     LaunchObject *self = PyObject_New(LaunchObject, state->launch_type);
-    if (!self) {
-        (void)launch_signal(launch, SIGKILL);
-        launch_disown(launch);
-        return NULL;
-    }
+    if (self)
+        self->launch = NULL;
+    return self;
+}
+
+static PyObject *fill_launch_object(LaunchObject *self, struct launch *launch, enum spawn_rung rung)
+{
     self->launch = launch;
     self->id = launch->id;
     self->pid = launch->pid;
@@ -357,10 +361,7 @@ static PyObject *new_launch_object(core_state *state, struct launch *launch, enu
 
 static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
-    struct launch *launch = self->launch;
-    self->launch = NULL;
-    if (launch)
-        launch_disown(launch);
+    launch_close(self->launch);
     Py_RETURN_NONE;
 }
 
@@ -368,26 +369,17 @@ static void Launch_dealloc(LaunchObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
     if (self->launch)
-        launch_disown(self->launch);
+        launch_free(self->launch);
     PyObject_Free(self);
     Py_DECREF(type);
 }
 
-static struct launch *open_launch(LaunchObject *self)
-{
-    if (!self->launch)
-        PyErr_SetString(PyExc_ValueError, "the launch is closed");
-    return self->launch;
-}
-
 static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
-    struct launch *launch = open_launch(self);
-    if (!launch)
-        return NULL;
-    if (!launch_poll(launch))
+    int returncode;
+    if (!launch_poll(self->launch, &returncode))
         Py_RETURN_NONE;
-    return PyLong_FromLong(launch->returncode);
+    return PyLong_FromLong(returncode);
 }
 
 static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
@@ -395,10 +387,7 @@ static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
     long sig = PyLong_AsLong(argument);
     if (sig == -1 && PyErr_Occurred())
         return NULL;
-    struct launch *launch = open_launch(self);
-    if (!launch)
-        return NULL;
-    int result = launch_signal(launch, (int)sig);
+    int result = launch_signal(self->launch, (int)sig);
     if (result < 0)
         return raise_errno(result);
     Py_RETURN_NONE;
@@ -406,11 +395,10 @@ static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
 
 static PyObject *Launch_write(LaunchObject *self, PyObject *argument)
 {
-    struct launch *launch = open_launch(self);
     Py_buffer data;
-    if (!launch || PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE) < 0)
+    if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE) < 0)
         return NULL;
-    ssize_t written = launch_write(launch, data.buf, (size_t)data.len);
+    ssize_t written = launch_write(self->launch, data.buf, (size_t)data.len);
     PyBuffer_Release(&data);
     if (written == -EAGAIN || written == -EINTR)
         written = 0;
@@ -430,10 +418,7 @@ static PyObject *Launch_watch(LaunchObject *self, PyObject *args)
     int fd, watch;
     if (!PyArg_ParseTuple(args, "ip:watch", &fd, &watch) || parse_pipe(fd) < 0)
         return NULL;
-    struct launch *launch = open_launch(self);
-    if (!launch)
-        return NULL;
-    int result = launch_watch(launch, (enum launch_slot)fd, watch);
+    int result = launch_watch(self->launch, (enum launch_slot)fd, watch);
     if (result < 0)
         return raise_errno(result);
     Py_RETURN_NONE;
@@ -444,8 +429,7 @@ static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
     long fd = PyLong_AsLong(argument);
     if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
         return NULL;
-    if (self->launch)
-        launch_close_pipe(self->launch, (enum launch_slot)fd);
+    launch_close_pipe(self->launch, (enum launch_slot)fd);
     Py_RETURN_NONE;
 }
 
@@ -454,22 +438,23 @@ static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
     long fd = PyLong_AsLong(argument);
     if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
         return NULL;
-    return PyLong_FromLong(self->launch ? launch_slot_fd(self->launch, (enum launch_slot)fd) : -1);
+    return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
+}
+
+static double seconds(struct timeval time)
+{
+    return (double)time.tv_sec + 1e-6 * (double)time.tv_usec;
 }
 
 static PyObject *Launch_rusage(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
-    struct launch *launch = open_launch(self);
-    if (!launch)
-        return NULL;
-    if (!launch->exited)
+    struct rusage usage;
+    if (!launch_usage(self->launch, &usage))
         Py_RETURN_NONE;
-    const struct rusage *usage = &launch->usage;
-    return Py_BuildValue("ddllllllllllllll", (double)usage->ru_utime.tv_sec + 1e-6 * (double)usage->ru_utime.tv_usec,
-                         (double)usage->ru_stime.tv_sec + 1e-6 * (double)usage->ru_stime.tv_usec, usage->ru_maxrss,
-                         usage->ru_ixrss, usage->ru_idrss, usage->ru_isrss, usage->ru_minflt, usage->ru_majflt,
-                         usage->ru_nswap, usage->ru_inblock, usage->ru_oublock, usage->ru_msgsnd,
-                         usage->ru_msgrcv, usage->ru_nsignals, usage->ru_nvcsw, usage->ru_nivcsw);
+    return Py_BuildValue("ddllllllllllllll", seconds(usage.ru_utime), seconds(usage.ru_stime), usage.ru_maxrss,
+                         usage.ru_ixrss, usage.ru_idrss, usage.ru_isrss, usage.ru_minflt, usage.ru_majflt,
+                         usage.ru_nswap, usage.ru_inblock, usage.ru_oublock, usage.ru_msgsnd, usage.ru_msgrcv,
+                         usage.ru_nsignals, usage.ru_nvcsw, usage.ru_nivcsw);
 }
 
 static PyObject *Launch_get_id(LaunchObject *self, void *Py_UNUSED(closure))
@@ -484,7 +469,7 @@ static PyObject *Launch_get_pid(LaunchObject *self, void *Py_UNUSED(closure))
 
 static PyObject *Launch_get_pidfd(LaunchObject *self, void *Py_UNUSED(closure))
 {
-    return PyLong_FromLong(self->launch ? launch_slot_fd(self->launch, LAUNCH_PIDFD) : -1);
+    return PyLong_FromLong(launch_fd(self->launch, LAUNCH_PIDFD));
 }
 
 static PyObject *Launch_get_contended(LaunchObject *self, void *Py_UNUSED(closure))
@@ -494,7 +479,7 @@ static PyObject *Launch_get_contended(LaunchObject *self, void *Py_UNUSED(closur
 
 static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(self->launch && self->launch->status_lost);
+    return PyBool_FromLong(self->launch->status_lost);
 }
 
 static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
@@ -511,7 +496,7 @@ static PyMethodDef Launch_methods[] = {
     {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
-    {NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef Launch_getset[] = {
@@ -521,7 +506,7 @@ static PyGetSetDef Launch_getset[] = {
     {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
     {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
     {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
-    {NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot Launch_slots[] = {
@@ -558,8 +543,7 @@ static PyObject *Hub_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static PyObject *Hub_close(HubObject *self, PyObject *Py_UNUSED(unused))
 {
-    if (self->hub)
-        hub_close(self->hub);
+    hub_close(self->hub);
     Py_RETURN_NONE;
 }
 
@@ -589,7 +573,7 @@ static PyObject *raise_step(int result, enum spawn_op op)
     return NULL;
 }
 
-static PyObject *launch_arguments_block(HubObject *self, struct launch_arguments *args)
+static PyObject *launch_with(HubObject *self, const struct launch_arguments *args)
 {
     struct launch *launch = NULL;
     enum spawn_rung rung;
@@ -597,12 +581,14 @@ static PyObject *launch_arguments_block(HubObject *self, struct launch_arguments
     struct block *block = make_block(args);
     if (!block)
         return NULL;
-    int result = start_on_ladder(self->hub, block, &rung, &launch, &op);
-    if (result == 0)
-        return new_launch_object(state_of(Py_TYPE(self)), launch, rung);
-    if (!launch)
+    LaunchObject *object = new_launch_object(self);
+    int result = object ? start_on_ladder(self->hub, &block, &rung, &launch, &op) : 0;
+    if (object && result == 0)
+        return fill_launch_object(object, launch, rung);
+    if (block)
         block_free(block);
-    return raise_step(result, op);
+    Py_XDECREF(object);
+    return object ? raise_step(result, op) : NULL;
 }
 
 /* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size) */
@@ -622,7 +608,7 @@ static PyObject *Hub_launch(HubObject *self, PyObject *tuple)
         encoded = args.env != NULL;
     }
     if (encoded)
-        launch = launch_arguments_block(self, &args);
+        launch = launch_with(self, &args);
     Py_XDECREF(args.programs);
     Py_XDECREF(args.argv);
     Py_XDECREF(args.env);
@@ -636,10 +622,14 @@ static PyObject *Hub_adopt(HubObject *self, PyObject *args)
     struct launch *launch = NULL;
     if (!PyArg_ParseTuple(args, "i(iii):adopt", &pid, &ends[0], &ends[1], &ends[2]))
         return NULL;
+    LaunchObject *object = new_launch_object(self);
+    if (!object)
+        return NULL;
     int result = launch_adopt(self->hub, pid, ends, &launch);
-    if (result < 0)
-        return raise_errno(result);
-    return new_launch_object(state_of(Py_TYPE(self)), launch, SPAWN_RUNGS);
+    if (result == 0)
+        return fill_launch_object(object, launch, SPAWN_RUNGS);
+    Py_DECREF(object);
+    return raise_errno(result);
 }
 
 static PyObject *event_value(const struct hub_event *event)
@@ -660,11 +650,9 @@ static PyObject *event_value(const struct hub_event *event)
     return PyLong_FromLong(event->value);
 }
 
-/* A list of (launch id, kind, value); see _hub.py for what they mean. */
+/* (launch id, kind, value) each; see _hub.py for what they mean. */
 static PyObject *event_list(const struct hub *hub, int count)
 {
-    if (count < 0)
-        return raise_errno(count);
     PyObject *list = PyList_New(count);
     for (int i = 0; list && i < count; i++) {
         const struct hub_event *event = &hub->events[i];
@@ -678,24 +666,35 @@ static PyObject *event_list(const struct hub *hub, int count)
     return list;
 }
 
-static PyObject *Hub_drain(HubObject *self, PyObject *Py_UNUSED(unused))
+static PyObject *extend_queue(HubObject *self, PyObject *queue, int count)
 {
-    return event_list(self->hub, hub_drain(self->hub));
+    if (count < 0)
+        return raise_errno(count);
+    PyObject *list = event_list(self->hub, count);
+    hub_done(self->hub);
+    PyObject *result = list ? PyObject_CallMethod(queue, "extend", "(O)", list) : NULL;
+    Py_XDECREF(list);
+    return result;
 }
 
-static PyObject *Hub_sweep(HubObject *self, PyObject *Py_UNUSED(unused))
+static PyObject *Hub_drain(HubObject *self, PyObject *queue)
 {
-    return event_list(self->hub, hub_sweep(self->hub));
+    return extend_queue(self, queue, hub_drain(self->hub));
+}
+
+static PyObject *Hub_sweep(HubObject *self, PyObject *queue)
+{
+    return extend_queue(self, queue, hub_sweep(self->hub));
 }
 
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)Hub_launch, METH_VARARGS, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
-    {"drain", (PyCFunction)Hub_drain, METH_NOARGS, NULL},
-    {"sweep", (PyCFunction)Hub_sweep, METH_NOARGS, NULL},
+    {"drain", (PyCFunction)Hub_drain, METH_O, NULL},
+    {"sweep", (PyCFunction)Hub_sweep, METH_O, NULL},
     {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
     {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},
-    {NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot Hub_slots[] = {
@@ -751,7 +750,7 @@ static PyMethodDef core_methods[] = {
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
     {"probe_pidfd", core_probe_pidfd, METH_NOARGS, NULL},
     {"counts", core_counts, METH_NOARGS, NULL},
-    {NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static int add_step_names(PyObject *module)

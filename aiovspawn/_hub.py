@@ -4,8 +4,9 @@ The C hub is an epoll set and itself pollable. The loop watches that one fd; wha
 becomes ready is drained in C and handed to the transports as events.
 
 A loop made by this package closes its hub when it is closed. Of other loops we
-are not told: their hub goes when the loop is collected, or is closed as soon as
-a hub for another loop is made.
+are not told: what keeps a hub alive is the loop's own reader, which goes when
+the loop is closed or collected. A hub whose loop is closed is closed at the
+latest when one for another loop is made.
 """
 
 from __future__ import annotations
@@ -72,12 +73,13 @@ class LoopHub:
         self._sweeping = False
         if self.undecided > 0 and not self._closed:
             self._sweep_later()
-            self._events.extend(self.core.sweep())
+            self.core.sweep(self._events)
             self._dispatch()
 
     def _drain(self) -> None:
         if not self._closed:
-            self._events.extend(self.core.drain())
+            # Into the queue in C: a KeyboardInterrupt could come between two calls here.
+            self.core.drain(self._events)
             self._dispatch()
 
     def _dispatch(self) -> None:
@@ -107,13 +109,16 @@ class LoopHub:
         _core.reap_orphans()
 
 
-_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopHub] = weakref.WeakKeyDictionary()
+_hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopHub]] = (
+    weakref.WeakKeyDictionary()
+)
 _lock = threading.Lock()
 
 
 def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub:
     """Return the hub of a loop, made on first use. To be called in the loop's thread."""
-    hub = _hubs.get(loop)
+    found = _hubs.get(loop)
+    hub = found() if found is not None else None
     return hub if hub is not None else _new_hub(loop)
 
 
@@ -122,16 +127,22 @@ def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub:
     with _lock:
         closed = [other for other in _hubs if other.is_closed()]
         stale = [_hubs.pop(other) for other in closed]
-        _hubs[loop] = hub
+        _hubs[loop] = weakref.ref(hub)
     for old in stale:
-        old.close()
+        _close(old)
     return hub
 
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:
     """Close the hub of a loop that is about to be closed, if it has one."""
     with _lock:
-        hub = _hubs.pop(loop, None)
+        found = _hubs.pop(loop, None)
+    if found is not None:
+        _close(found)
+
+
+def _close(found: weakref.ref[LoopHub]) -> None:
+    hub = found()
     if hub is not None:
         hub.close()
 

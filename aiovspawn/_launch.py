@@ -31,6 +31,8 @@ class Ladder:
         self.way: str | None = None
         """"core", "popen" or "delegate"; None before the first launch."""
         self.reason = ""
+        self.start: Callable[..., Any]
+        """_transport.start_subprocess(), when the C core is there."""
 
     def choose(self) -> str:
         """Return the way, by looking at the environment and the kernel once."""
@@ -47,7 +49,11 @@ class Ladder:
             core.force_rung(rung if rung in CORE_RUNGS else None)
         self.forced = rung
         self.way, self.reason = self._look(core)
-        if self.way == "delegate":
+        if self.way != "delegate":
+            from ._transport import start_subprocess
+
+            self.start = start_subprocess
+        else:
             logger.debug("launches are delegated to the event loop: %s", self.reason)
 
     def _look(self, core: Any) -> tuple[str, str]:
@@ -88,7 +94,7 @@ def _reject_text(universal_newlines: bool, bufsize: int, text: Any, encoding: An
         raise ValueError("errors must be None")
 
 
-async def subprocess_exec(
+def subprocess_exec(
     loop: asyncio.AbstractEventLoop,
     delegate: Callable[..., Awaitable[Started[P]]],
     protocol_factory: Callable[[], P],
@@ -104,21 +110,29 @@ async def subprocess_exec(
     errors: Any = None,
     text: Any = None,
     **kwargs: Any,
-) -> Started[P]:
+) -> Awaitable[Started[P]]:
     """loop.subprocess_exec() on the fast path, or by `delegate` where there is none."""
     if shell:
         raise ValueError("shell must be False")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
     if ladder.choose() == "delegate":
-        return await delegate(
+        return delegate(
             protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
         )
-    return await _start(
-        loop, protocol_factory, (program, *args), False, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
+    return ladder.start(
+        loop,
+        protocol_factory,
+        (program, *args),
+        ladder.way == "popen",
+        shell=False,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        **kwargs,
     )
 
 
-async def subprocess_shell(
+def subprocess_shell(
     loop: asyncio.AbstractEventLoop,
     delegate: Callable[..., Awaitable[Started[P]]],
     protocol_factory: Callable[[], P],
@@ -134,7 +148,7 @@ async def subprocess_shell(
     errors: Any = None,
     text: Any = None,
     **kwargs: Any,
-) -> Started[P]:
+) -> Awaitable[Started[P]]:
     """loop.subprocess_shell() on the fast path, or by `delegate` where there is none."""
     if not isinstance(cmd, (bytes, str)):
         raise ValueError("cmd must be a string")
@@ -142,9 +156,17 @@ async def subprocess_shell(
         raise ValueError("shell must be True")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
     if ladder.choose() == "delegate":
-        return await delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
-    return await _start(
-        loop, protocol_factory, cmd, True, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
+        return delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
+    return ladder.start(
+        loop,
+        protocol_factory,
+        cmd,
+        ladder.way == "popen",
+        shell=True,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        **kwargs,
     )
 
 
@@ -154,22 +176,3 @@ def close_hub(loop: asyncio.AbstractEventLoop) -> None:
         from . import _hub
 
         _hub.close_hub(loop)
-
-
-async def _start(
-    loop: asyncio.AbstractEventLoop,
-    protocol_factory: Callable[[], P],
-    args: Any,
-    shell: bool,
-    *,
-    extra: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Started[P]:
-    from ._request import make_request
-    from ._transport import SubprocessTransport
-
-    protocol = protocol_factory()
-    request = make_request(args, shell=shell, by_popen=ladder.way == "popen", **kwargs)
-    transport = SubprocessTransport(loop, protocol, request, extra)
-    await transport.wait_for_exec()
-    return transport, protocol

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
+import os
 from asyncio import transports
 from collections import deque
 from collections.abc import Iterable
@@ -21,6 +22,9 @@ from ._log import logger
 if TYPE_CHECKING:
     from . import _core
     from ._transport import SubprocessTransport
+
+COPY_LIMIT = 2**16
+"""Bytes from which on buffered data is kept as it is instead of being copied together."""
 
 LOG_THRESHOLD_FOR_LOST_WRITES = 5
 """As asyncio.constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES."""
@@ -60,20 +64,25 @@ class _Pipe:
         raise NotImplementedError("a process's pipes have no protocol of their own")
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        return self.process.get_protocol()
+        return None if self.disconnected else self.process.get_protocol()  # type: ignore[return-value]
 
     def _close(self, exc: BaseException | None) -> None:
         """Close the fd now, and tell the protocol in the next turn of the loop."""
+        self._close_fd()
+        self.process.loop.call_soon(self._disconnect, exc, context=self.process.context.copy())
+
+    def _close_fd(self) -> None:
         self._closing = True
         if self._file is not None:
             self._file.close()
         self._launch.close_pipe(self.fd)
-        self.process.loop.call_soon(self._disconnect, exc, context=self.process.context)
 
     def _disconnect(self, exc: BaseException | None) -> None:
         if not self.disconnected:
             self.disconnected = True
-            self.process.pipe_lost(self.fd, exc)
+            process = self.process
+            del self.process  # a cycle that reference counting alone would not free
+            process.pipe_lost(self.fd, exc)
 
 
 class ReadPipe(_Pipe, asyncio.ReadTransport):
@@ -90,9 +99,7 @@ class ReadPipe(_Pipe, asyncio.ReadTransport):
         if value and isinstance(value, bytes):
             self.process.pipe_data(self.fd, value)
             return
-        self._closing = True
-        if self._file is not None:
-            self._file.close()
+        self._close_fd()
         self._disconnect(OSError(value, errno.errorcode.get(value, "")) if isinstance(value, int) else None)
 
     def is_reading(self) -> bool:
@@ -121,20 +128,23 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
     def __init__(self, process: SubprocessTransport, launch: _core.Launch, fd: int) -> None:
         _Pipe.__init__(self, process, launch, fd)
         transports._FlowControlMixin.__init__(self, None, process.loop)
-        self._buffer: deque[memoryview] = deque()
+        self._buffer: deque[bytearray | memoryview] = deque()
         self._buffered = 0
         self._lost_writes = 0
 
     @property
     def _protocol(self) -> asyncio.BaseProtocol:
-        return self.process.get_protocol()
+        return self.get_protocol()
 
     def on_event(self, value: bytes | int) -> None:
         """Go on writing, or learn that nobody reads any more."""
         if self.disconnected:
             return
         if value == EPOLLERR:
-            self._break(BrokenPipeError(errno.EPIPE, "Broken pipe") if self._buffer else None)
+            exc = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if self._buffer else None
+            self._drop_buffer()
+            self._close_fd()
+            self._disconnect(exc)
         elif self._buffer:
             self._flush()
 
@@ -182,32 +192,47 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
         self._break(None)
 
     def _append(self, data: bytes | bytearray | memoryview[Any], start: int) -> None:
-        # Bytes cannot change under our feet and are not copied.
-        view = memoryview(data if isinstance(data, bytes) else bytes(data))[start:]
-        self._buffer.append(view)
+        view = memoryview(data).cast("B")[start:]
         self._buffered += len(view)
+        if len(view) >= COPY_LIMIT and isinstance(data, bytes):
+            self._buffer.append(view)  # cannot change under our feet
+        elif self._buffer and isinstance(self._buffer[-1], bytearray):
+            self._buffer[-1] += view
+        else:
+            self._buffer.append(bytearray(view))
         self._maybe_pause_protocol()
 
     def _flush(self) -> None:
         try:
-            written = self._launch.write(self._buffer[0])
+            while self._buffer:
+                head = self._buffer[0]
+                written = self._launch.write(head)
+                self._buffered -= written
+                if written < len(head):
+                    self._skip(head, written)
+                    break
+                self._buffer.popleft()
         except OSError as exc:
             self._lost_writes += 1
             self._break(exc)
             return
-        self._buffered -= written
-        if written < len(self._buffer[0]):
-            self._buffer[0] = self._buffer[0][written:]
-        else:
-            self._buffer.popleft()
         if not self._buffer:
             self._launch.watch(self.fd, False)
         self._maybe_resume_protocol()
         if self._closing and not self._buffer:
             self._close(None)
 
+    def _skip(self, head: bytearray | memoryview, count: int) -> None:
+        if isinstance(head, bytearray):
+            del head[:count]
+        else:
+            self._buffer[0] = head[count:]
+
+    def _drop_buffer(self) -> None:
+        self._buffer.clear()
+        self._buffered = 0
+
     def _break(self, exc: BaseException | None) -> None:
         if not self.disconnected:
-            self._buffer.clear()
-            self._buffered = 0
+            self._drop_buffer()
             self._close(exc)

@@ -28,12 +28,16 @@ BAD_FD = -5
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 MAX_ID = 2**32 - 1
+MAX_GROUPS = 65536
+C_INT_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that would cost four times as much to make
 class Request:
     """Everything the child needs, complete before the clone."""
 
+    given: Any
+    """The arguments as they came: subprocess.Popen.args."""
     args: list[Any]
     executable: Any
     cwd: Any
@@ -50,6 +54,8 @@ class Request:
 
 def make_request(
     args: Any,
+    by_popen: bool = False,
+    /,
     *,
     shell: bool = False,
     stdin: Any = None,
@@ -71,7 +77,6 @@ def make_request(
     umask: int = -1,
     pipesize: int | None = -1,
     process_group: int | None = None,
-    by_popen: bool = False,
 ) -> Request:
     """Check the keywords of subprocess.Popen and make a request of them.
 
@@ -112,14 +117,15 @@ def make_request(
             "process_group": process_group,
         }
 
-    popen_args = args
+    given = args
     args, executable = _program(args, shell, executable)
     if popen is None:
         sys.audit("subprocess.Popen", executable, args, cwd, env)
     else:
-        popen["args"] = popen_args
+        popen["args"] = given
     encoded_env = None if env is None else _encode_env(env)
     return Request(
+        given=given,
         args=args,
         executable=executable,
         cwd=cwd,
@@ -132,7 +138,7 @@ def make_request(
             *ids,
         ),
         close_fds=bool(close_fds),
-        pipe_size=pipe_size,
+        pipe_size=min(pipe_size, C_INT_MAX),
         popen=popen,
     )
 
@@ -144,13 +150,19 @@ def _steps(
     if cwd is not None:
         yield _core.STEP_CHDIR, 0, 0, _fs_encode(cwd) + b"\0"
     if umask >= 0:
-        yield _core.STEP_UMASK, umask, 0, None
+        yield _core.STEP_UMASK, _c_int(umask), 0, None
     if restore_signals:
         yield _core.STEP_RESTORE_SIGNALS, 0, 0, None
     if start_new_session:
         yield _core.STEP_SETSID, 0, 0, None
     if process_group is not None and process_group >= 0:
-        yield _core.STEP_SETPGID, process_group, 0, None
+        yield _core.STEP_SETPGID, _c_int(process_group), 0, None
+
+
+def _c_int(value: int) -> int:
+    if value > C_INT_MAX:
+        raise OverflowError("Python int too large to convert to C int")
+    return value
 
 
 def _id_steps(user: Any, group: Any, extra_groups: Any) -> list[Step]:
@@ -193,6 +205,8 @@ def _group_ids(extra_groups: Any) -> list[int]:
             gids.append(group)
         else:
             raise TypeError(f"Items in extra_groups must be a string or integer, not {type(group)}")
+    if len(gids) > MAX_GROUPS:
+        raise ValueError("too many extra_groups")
     for gid in gids:
         if gid > MAX_ID:
             raise ValueError("invalid group id")
@@ -233,7 +247,7 @@ def _stdio_source(value: Any) -> int:
     if value is None:
         return INHERIT
     fd: int = value if isinstance(value, int) else value.fileno()
-    if fd >= 0 or fd in (subprocess.PIPE, subprocess.DEVNULL):
+    if _c_int(fd) >= 0 or fd in (subprocess.PIPE, subprocess.DEVNULL):
         return fd
     return BAD_FD
 
@@ -275,10 +289,8 @@ def _candidates(executable: StrOrBytesPath, env: Mapping[Any, Any] | None) -> tu
 
 
 def _pass_fds(pass_fds: Collection[int]) -> tuple[int, ...]:
-    if not pass_fds:
-        return ()
     fds = tuple(sorted(map(int, set(pass_fds))))
-    if fds[0] < 0 or fds[-1] > 2**31 - 1:
+    if fds and (fds[0] < 0 or fds[-1] > C_INT_MAX):
         raise ValueError("bad value(s) in fds_to_keep")
     return fds
 

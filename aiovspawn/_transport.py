@@ -25,13 +25,15 @@ import warnings
 from collections.abc import Callable
 from enum import Enum
 from subprocess import PIPE
-from typing import Any
+from typing import Any, TypeVar
 
 from . import _core, _popen
 from ._hub import EXECED, EXITED, FAILED, hub_of
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
-from ._request import Request, launch_error
+from ._request import Request, launch_error, make_request
+
+P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 
 KILL_TIMEOUT = 1.0
 """Seconds that a cancelled launch waits for its killed child."""
@@ -70,7 +72,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._retried = False
         self._retry_timer: asyncio.TimerHandle | None = None
         self._hub = hub_of(loop)
-        self._verdict: asyncio.Future[None] = loop.create_future()
+        self.verdict: asyncio.Future[None] = loop.create_future()
         self._start()
         self._closed = False
 
@@ -104,20 +106,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if request.popen is None:
             self._hub.await_verdict()
         else:
-            self._call_soon(self._execed)
+            self.loop.call_soon(self._execed)
 
-    async def wait_for_exec(self) -> None:
-        """Wait until the program runs; raise as subprocess does if it does not.
-
-        Cancelled, it kills the child and waits until that is reaped.
-        """
-        try:
-            await self._verdict
-        except BaseException:
-            await self._undo()
-            raise
-
-    async def _undo(self) -> None:
+    async def undo(self) -> None:
         """Leave nothing of a launch nobody waits for any more."""
         self.close()
         if self._returncode is not None:
@@ -146,14 +137,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         elif kind == EXITED:
             self._exited(value)
         elif kind == EXECED:
-            self._decided()
+            self._hub.undecided -= 1
             self._execed()
         elif kind == FAILED:
-            self._decided()
+            self._hub.undecided -= 1
             self._failed(*value)
-
-    def _decided(self) -> None:
-        self._hub.undecided -= 1
 
     def _execed(self) -> None:
         if self._state is not State.LAUNCHING:
@@ -162,12 +150,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         assert self._protocol is not None
         if self.loop.get_debug():
             logger.debug("process %r created: pid %s", self._request.args[0], self._launch.pid)
-        self._call_soon(self._protocol.connection_made, self)
+        self._deliver(self._protocol.connection_made, self)
         for callback, args in self._held_back:
-            self._call_soon(callback, *args)
+            self._deliver(callback, *args)
         self._held_back.clear()
-        if not self._verdict.done():
-            self._verdict.set_result(None)
+        if not self.verdict.done():
+            self.verdict.set_result(None)
 
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
@@ -177,8 +165,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._retry_when_older_have_execed(FIRST_RETRY)
             return
         self._give_up()
-        if not self._verdict.done():
-            self._verdict.set_exception(launch_error(self._request, step, error))
+        if not self.verdict.done():
+            self.verdict.set_exception(launch_error(self._request, step, error))
 
     def _give_up(self) -> None:
         self._state = State.ABANDONED
@@ -207,23 +195,21 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._start()
         except Exception as exc:
             self._give_up()
-            if not self._verdict.done():
-                self._verdict.set_exception(exc)
+            if not self.verdict.done():
+                self.verdict.set_exception(exc)
 
     def pipe_data(self, fd: int, data: bytes) -> None:
         """Data of the child's stdout or stderr."""
-        if self._state is State.ABANDONED:
-            return
-        assert self._protocol is not None
-        self._call(self._protocol.pipe_data_received, fd, data)
+        if self._state is not State.ABANDONED:
+            assert self._protocol is not None
+            self._deliver(self._protocol.pipe_data_received, fd, data)
 
     def pipe_lost(self, fd: int, exc: BaseException | None) -> None:
         """A pipe has come to its end or was closed."""
-        if self._state is State.ABANDONED:
-            return
-        assert self._protocol is not None
-        self._call(self._protocol.pipe_connection_lost, fd, exc)
-        self._try_finish()
+        if self._state is not State.ABANDONED:
+            assert self._protocol is not None
+            self._deliver(self._protocol.pipe_connection_lost, fd, exc)
+            self._try_finish()
 
     def _exited(self, returncode: int) -> None:
         if self._launch.status_lost:
@@ -236,7 +222,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             self._launch.close()
         else:
             assert self._protocol is not None
-            self._call(self._protocol.process_exited)
+            self._deliver(self._protocol.process_exited)
             self._try_finish()
         self._wake_waiters()
 
@@ -252,7 +238,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return
         if all(pipe.disconnected for pipe in self._pipes.values()):
             self._state = State.FINISHED
-            self._call_soon(self._connection_lost)
+            self._deliver(self._connection_lost)
 
     def _connection_lost(self) -> None:
         protocol, self._protocol = self._protocol, None
@@ -260,14 +246,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._hub.transports.pop(self._launch.id, None)
         protocol.connection_lost(None)
 
-    def _call(self, callback: Callable[..., object], *args: Any) -> None:
+    def _deliver(self, callback: Callable[..., object], *args: Any) -> None:
+        """Have the loop call back, after connection_made(), in a copy of the launch's context.
+
+        A copy for each, as in asyncio: a callback does not see what another has set.
+        """
         if self._state is State.LAUNCHING:
             self._held_back.append((callback, args))
         else:
-            self._call_soon(callback, *args)
-
-    def _call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        self.loop.call_soon(callback, *args, context=self.context)
+            self.loop.call_soon(callback, *args, context=self.context.copy())
 
     # ---- asyncio.SubprocessTransport ----------------------------------------
 
@@ -287,7 +274,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             files = [
                 self._pipes[fd].get_extra_info("pipe") if fd in self._pipes else None for fd in range(3)
             ]
-            self._extra[name] = _popen.PidfdPopen(self._launch, self._request.args, *files)
+            self._extra[name] = _popen.PidfdPopen(self._launch, self._request.given, *files)
         return super().get_extra_info(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
@@ -382,14 +369,42 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         if not self._closed:
             _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Close without the loop, which may be closed: the protocol hears nothing."""
         self._closed = True
+        self._state = State.ABANDONED
         if self._returncode is None and self._launch.poll() is None:
             try:
                 self._launch.send_signal(signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass
         self._launch.close()
+
+
+async def start_subprocess(
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: Callable[[], P],
+    args: Any,
+    by_popen: bool,
+    *,
+    extra: dict[str, Any] | None = None,
+    **keywords: Any,
+) -> tuple[SubprocessTransport, P]:
+    """Launch a child and wait until its program runs; raise as subprocess does if it does not.
+
+    args, keywords, by_popen: those of make_request(). Cancelled, it kills the child
+    and waits until that is reaped.
+    """
+    protocol = protocol_factory()
+    transport = SubprocessTransport(loop, protocol, make_request(args, by_popen, **keywords), extra)
+    try:
+        await transport.verdict
+    except GeneratorExit:
+        transport.forget()  # closed, not cancelled: there may be no loop to wait on
+        raise
+    except BaseException:
+        await transport.undo()
+        raise
+    return transport, protocol

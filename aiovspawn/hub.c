@@ -5,8 +5,8 @@
  * no Python code runs before the batch is complete, so that none can close
  * something the batch still speaks of.
  *
- * Level-triggered throughout: what a full buffer leaves unread is reported
- * again by the next drain. epoll(7), nested sets: epoll_ctl(2).
+ * Level-triggered: what is left unread is reported again by the next drain, after
+ * what waits behind it. epoll(7), nested sets: epoll_ctl(2).
  */
 #define _GNU_SOURCE
 #include "hub.h"
@@ -113,8 +113,12 @@ static void drain_status(struct hub *hub, struct launch *launch)
 
 static void drain_pidfd(struct hub *hub, struct launch *launch)
 {
-    if (!launch_reap_locked(launch))
+    if (!launch_reap_locked(launch)) {
+        /* Readable for as long as a tracer keeps the zombie; the kernel notifies again when it lets go. */
+        if (launch->held)
+            (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | EPOLLET);
         return;
+    }
     drain_status(hub, launch);
     launch_close_slot_locked(launch, LAUNCH_PIDFD);
     if (launch->verdict == LAUNCH_FAILED)
@@ -129,14 +133,14 @@ static void end_of_file(struct hub *hub, struct launch *launch, enum launch_slot
     (void)add_event(hub, launch, pipe_kind[slot], error);
 }
 
-/* Reads once, or to the end of file if the writers are gone and there is room. */
+/* Reads once, or to the end of file if the writers are gone, HUB_READ_SIZE bytes at the most. */
 static void drain_output(struct hub *hub, struct launch *launch, enum launch_slot slot, bool writers_gone)
 {
     char *data = hub->buffer + hub->used;
     ssize_t size = 1;
     size_t total = 0;
     do {
-        size_t room = (size_t)HUB_BUFFER_SIZE - hub->used;
+        size_t room = (size_t)HUB_READ_SIZE - total;
         if (room == 0)
             break;
         size = read(launch_slot_fd(launch, slot), hub->buffer + hub->used, room);
@@ -190,22 +194,43 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
     }
 }
 
-/* Fills hub->events and returns their number, or -errno. */
+/* 0, or why this hub cannot be drained now: it is for one thread. */
+static int begin_locked(struct hub *hub)
+{
+    if (hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        return -EBADF;
+    if (hub->draining)
+        return -EBUSY;
+    hub->draining = true;
+    hub->count = 0;
+    hub->used = 0;
+    return 0;
+}
+
+/* The events have been looked at. */
+void hub_done(struct hub *hub)
+{
+    launch_lock();
+    hub->draining = false;
+    launch_unlock();
+}
+
+/* Fills hub->events and returns their number, or -errno. On success hub_done()
+ * is to follow. */
 int hub_drain(struct hub *hub)
 {
     struct epoll_event ready[HUB_BATCH];
     launch_lock();
-    hub->count = 0;
-    hub->used = 0;
-    int batch = 0;
-    if (hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
-        batch = -EBADF;
-    else if ((batch = epoll_wait(hub->epoll_fd, ready, HUB_BATCH, 0)) < 0)
-        batch = errno == EINTR ? 0 : -errno;
-    for (int i = 0; i < batch; i++)
-        drain_one(hub, &ready[i]);
+    int result = begin_locked(hub);
+    if (result == 0) {
+        int batch = epoll_wait(hub->epoll_fd, ready, HUB_BATCH, 0);
+        for (int i = 0; i < batch; i++)
+            drain_one(hub, &ready[i]);
+        result = batch < 0 && errno != EINTR ? -errno : hub->count;
+        hub->draining = result >= 0;
+    }
     launch_unlock();
-    return batch < 0 ? batch : hub->count;
+    return result;
 }
 
 /* Looks at the status of every launch of this hub that has no verdict yet,
@@ -214,11 +239,12 @@ int hub_drain(struct hub *hub)
 int hub_sweep(struct hub *hub)
 {
     launch_lock();
-    hub->count = 0;
-    struct launch *launch = launch_first_locked();
+    int result = begin_locked(hub);
+    struct launch *launch = result == 0 ? launch_first_locked() : NULL;
     for (; launch && hub->count < HUB_EVENTS; launch = launch->next)
-        if (launch->hub == hub && !launch_is_foreign(hub->generation))
+        if (launch->hub == hub)
             drain_status(hub, launch);
+    result = result < 0 ? result : hub->count;
     launch_unlock();
-    return hub->count;
+    return result;
 }

@@ -7,9 +7,10 @@
 #include "launch.h"
 
 enum {
-    HUB_BATCH = 64,                 /* ready fds looked at in one drain */
-    HUB_EVENTS = 3 * HUB_BATCH,     /* what these can give */
-    HUB_BUFFER_SIZE = 256 * 1024,   /* bytes read in one drain, as in asyncio's pipes */
+    HUB_BATCH = 16,             /* ready fds looked at in one drain: epoll hands them out in turn */
+    HUB_EVENTS = 3 * HUB_BATCH, /* what these can give */
+    HUB_READ_SIZE = 64 * 1024,  /* bytes read from one pipe in one drain */
+    HUB_BUFFER_SIZE = HUB_BATCH * HUB_READ_SIZE,
 };
 
 /* The first three are about the pipe on the child's fd of that number. */
@@ -36,6 +37,7 @@ struct hub {
     uint64_t generation;
     size_t used; /* of buffer */
     int count;   /* of events */
+    bool draining; /* events and buffer are in use until hub_done() */
     struct hub_event events[HUB_EVENTS];
     char buffer[HUB_BUFFER_SIZE];
 };
@@ -45,6 +47,7 @@ void hub_close(struct hub *hub);
 void hub_free(struct hub *hub);
 int hub_drain(struct hub *hub);
 int hub_sweep(struct hub *hub);
+void hub_done(struct hub *hub);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);

@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -200,7 +201,6 @@ static struct launch *new_launch_locked(struct hub *hub)
     launch->id = ++last_id;
     launch->generation = generation;
     launch->hub = hub;
-    launch->owned = true;
     launch->pidfd = -1;
     launch->next = first_launch;
     if (first_launch)
@@ -261,23 +261,31 @@ static void close_all_locked(struct launch *launch)
     spawn_close_child_ends(&launch->ends);
 }
 
+static void set_in_flight_locked(struct launch *launch, bool in_flight)
+{
+    if (launch->in_flight != in_flight)
+        counts.in_flight += in_flight ? 1 : (size_t)-1;
+    launch->in_flight = in_flight;
+}
+
 /* Frees the block if the child has left our memory, and tells. */
 bool launch_left_memory_locked(struct launch *launch)
 {
-    if (!launch->block)
-        return true;
-    if (!launch->exited && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
-        return false;
-    show_memory_locked(launch);
-    block_free_locked(launch->block);
-    launch->block = NULL;
+    if (launch->block) {
+        if (!launch->reaped && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
+            return false;
+        show_memory_locked(launch);
+        block_free_locked(launch->block);
+        launch->block = NULL;
+    }
+    if (launch->verdict != LAUNCH_PENDING)
+        set_in_flight_locked(launch, false);
     return true;
 }
 
 static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict)
 {
     launch->verdict = verdict;
-    counts.in_flight--;
     launch_close_slot_locked(launch, LAUNCH_STATUS);
     (void)launch_left_memory_locked(launch);
 }
@@ -315,14 +323,18 @@ static int returncode_of(int wait_status)
     return WIFSIGNALED(wait_status) ? -WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
-/* Somebody else has reaped the child, or SIGCHLD is ignored: the pidfd may
- * still know. 255 is what asyncio says where nobody does. */
-static void recover_status(struct launch *launch)
+/* Somebody else has reaped the child, or SIGCHLD is ignored: the pidfd may still
+ * know. False for the moment in which the kernel has not written it down yet.
+ * 255 is what asyncio says where nobody knows. */
+static bool recover_status(struct launch *launch)
 {
     struct pidfd_exit_info info = {.mask = PIDFD_INFO_EXIT_BIT};
     int result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
-    launch->status_lost = result < 0 || !(info.mask & PIDFD_INFO_EXIT_BIT);
-    launch->returncode = launch->status_lost ? 255 : returncode_of(info.exit_code);
+    if (result == 0 && !(info.mask & PIDFD_INFO_EXIT_BIT))
+        return false;
+    launch->status_lost = result < 0;
+    launch->returncode = result < 0 ? 255 : returncode_of(info.exit_code);
+    return true;
 }
 
 /* waitid(2) with the rusage that libc's wrapper lacks. */
@@ -331,27 +343,61 @@ static int wait_child(struct launch *launch, siginfo_t *ret_info)
     int flags = WEXITED | WNOHANG;
     ret_info->si_pid = 0;
     long result = syscall(SYS_waitid, WAIT_PIDFD, launch->pidfd, ret_info, flags, &launch->usage);
-    if (result < 0 && errno == EINVAL) /* before Linux 5.4; our child's pid stays its own until reaped */
+    /* Before Linux 5.4, or the user has closed the fd. Our child's pid is its own until reaped. */
+    if (result < 0 && (errno == EINVAL || errno == EBADF))
         result = syscall(SYS_waitid, P_PID, launch->pid, ret_info, flags, &launch->usage);
     return result < 0 ? -errno : 0;
+}
+
+/* In a forked child: somebody else's process, of which only the pidfd tells. */
+static bool look_at_foreign(struct launch *launch)
+{
+    struct pollfd pidfd = {.fd = launch->pidfd, .events = POLLIN};
+    if (poll(&pidfd, 1, 0) <= 0)
+        return false;
+    if (!recover_status(launch)) {
+        launch->status_lost = true;
+        launch->returncode = 255;
+    }
+    launch->exited = true;
+    return true;
 }
 
 /* Reaps the child if it has exited, and tells whether it has. */
 bool launch_reap_locked(struct launch *launch)
 {
     siginfo_t info;
-    if (launch->exited || launch->pidfd < 0 || launch_is_foreign(launch->generation))
+    if (launch->exited || launch->pidfd < 0)
         return launch->exited;
+    if (launch_is_foreign(launch->generation))
+        return look_at_foreign(launch);
     int result = wait_child(launch, &info);
-    if (result == 0 && info.si_pid == 0)
+    launch->held = result == 0 && info.si_pid == 0;
+    if (launch->held)
         return false;
-    if (result == 0)
+    if (result == 0) {
         launch->returncode = info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
-    else
-        recover_status(launch);
+    } else if (result != -ECHILD) { /* not allowed to know: the child may well be alive */
+        launch->status_lost = true;
+        launch->returncode = 255;
+    } else if (!recover_status(launch)) {
+        return false;
+    }
     launch->exited = true;
+    launch->reaped = result == 0 || result == -ECHILD;
     (void)launch_left_memory_locked(launch);
     return true;
+}
+
+/* A block whose child was never seen to leave it is given up. */
+static void bury_locked(struct launch *launch)
+{
+    close_all_locked(launch);
+    set_in_flight_locked(launch, false);
+    if (launch->block && launch_is_foreign(launch->generation))
+        block_free_locked(launch->block); /* our own copy of it */
+    if (!launch->owned)
+        free_launch_locked(launch);
 }
 
 static size_t reap_orphans_locked(void)
@@ -359,13 +405,12 @@ static size_t reap_orphans_locked(void)
     struct launch *next, *launch = counts.orphans ? first_launch : NULL;
     for (; launch; launch = next) {
         next = launch->next;
-        if (launch->owned)
+        if (!launch->closed || launch->pidfd < 0)
             continue;
         (void)launch_left_memory_locked(launch);
         if (launch_reap_locked(launch)) {
-            close_all_locked(launch);
             counts.orphans--;
-            free_launch_locked(launch);
+            bury_locked(launch);
         }
     }
     return counts.orphans;
@@ -380,32 +425,40 @@ size_t launch_reap_orphans(void)
     return left;
 }
 
-/* The owner lets go: pipes are closed, and a child not yet reaped is an orphan. */
-static void disown_locked(struct launch *launch)
+static void close_locked(struct launch *launch)
 {
+    if (launch->closed)
+        return;
+    launch->closed = true;
     for (int slot = 0; slot <= LAUNCH_STATUS; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
-    if (launch->verdict == LAUNCH_PENDING) {
-        launch->verdict = LAUNCH_EXECED; /* nobody will ask */
-        counts.in_flight--;
-    }
     launch->hub = NULL;
-    launch->owned = false;
-    if (launch_reap_locked(launch) || launch_is_foreign(launch->generation)) {
+    if (launch->verdict == LAUNCH_PENDING)
+        launch->verdict = LAUNCH_EXECED; /* nobody will ask */
+    (void)launch_left_memory_locked(launch);
+    if (launch_reap_locked(launch) || launch_is_foreign(launch->generation))
         close_all_locked(launch);
-        if (launch->block)
-            block_free_locked(launch->block);
-        free_launch_locked(launch);
-    } else {
+    else
         counts.orphans++;
-    }
 }
 
-void launch_disown(struct launch *launch)
+/* Closes the pipes; a child not yet reaped becomes an orphan. */
+void launch_close(struct launch *launch)
 {
     launch_lock();
-    disown_locked(launch);
+    close_locked(launch);
+    launch_unlock();
+}
+
+/* Closes the launch, and its owner lets go of it. */
+void launch_free(struct launch *launch)
+{
+    launch_lock();
+    close_locked(launch);
+    launch->owned = false;
+    if (launch->pidfd < 0)
+        bury_locked(launch);
     launch_unlock();
 }
 
@@ -431,8 +484,7 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
     launch->contended = counts.in_flight > 1;
     if (waits)
         launch_unlock();
-    int pidfd = -1;
-    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, rung, &pidfd);
+    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, rung, &launch->pidfd);
     if (waits)
         launch_lock();
     if (pid < 0) {
@@ -440,7 +492,6 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
         return pid;
     }
     launch->pid = pid;
-    launch->pidfd = pidfd;
     launch->block = block;
     launch->detached = spawn_is_detached(rung);
     return 0;
@@ -461,11 +512,25 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, enu
     return result;
 }
 
-/* Launches what the block describes, on one rung. The block is the launch's on
- * success and stays the caller's on failure; then nothing is left behind and
- * *ret_op says where it failed. The fork and vfork rungs take as long as the
- * child's exec. */
-int launch_start(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+/* A child that cannot be watched cannot be kept. */
+static int watch_child_locked(struct launch *launch)
+{
+    (void)launch_left_memory_locked(launch);
+    int result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+    if (result < 0) {
+        (void)syscall(SYS_pidfd_send_signal, launch->pidfd, SIGKILL, NULL, 0);
+        close_locked(launch);
+        if (launch->pidfd < 0)
+            bury_locked(launch);
+    }
+    return result;
+}
+
+/* Launches what *block describes, on one rung. Once there is a child the block is
+ * the launch's, and *block is NULL; before, a failure leaves nothing behind and
+ * the block to the caller. *ret_op says where it failed. The fork and vfork rungs
+ * take as long as the child's exec. */
+int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
                  enum spawn_op *ret_op)
 {
     *ret_op = SPAWN_OPEN_PIPES;
@@ -476,21 +541,17 @@ int launch_start(struct hub *hub, struct block *block, enum spawn_rung rung, str
         launch_unlock();
         return -ENOMEM;
     }
-    counts.in_flight++;
-    int result = open_and_clone_locked(launch, block, rung, ret_op);
+    set_in_flight_locked(launch, true);
+    int result = open_and_clone_locked(launch, *block, rung, ret_op);
     if (result < 0) {
-        close_all_locked(launch);
-        counts.in_flight--;
-        free_launch_locked(launch);
+        bury_locked(launch);
     } else {
-        (void)launch_left_memory_locked(launch);
-        result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
-        if (result < 0) {
-            (void)syscall(SYS_pidfd_send_signal, launch->pidfd, SIGKILL, NULL, 0);
-            disown_locked(launch);
-        } else {
-            *ret_launch = launch;
-        }
+        *block = NULL;
+        result = watch_child_locked(launch);
+    }
+    if (result == 0) {
+        launch->owned = true;
+        *ret_launch = launch;
     }
     launch_unlock();
     return result;
@@ -509,6 +570,7 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct la
     if (launch) {
         launch->pid = pid;
         launch->pidfd = pidfd;
+        launch->owned = true;
         launch->verdict = LAUNCH_EXECED;
         memcpy(launch->ends.parent, parent_ends, sizeof launch->ends.parent);
         for (int slot = 0; slot <= LAUNCH_STDERR && result == 0; slot++)
@@ -532,20 +594,41 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct la
 
 /* ---- one launch -------------------------------------------------------------------- */
 
-/* Reaps the child if it has exited. Returns 1 if it has, else 0. */
-int launch_poll(struct launch *launch)
+/* Reaps the child if it has exited, and tells whether it has. */
+bool launch_poll(struct launch *launch, int *ret_returncode)
 {
     launch_lock();
     bool exited = launch_reap_locked(launch);
+    if (exited)
+        *ret_returncode = launch->returncode;
     launch_unlock();
     return exited;
 }
 
+bool launch_usage(struct launch *launch, struct rusage *ret_usage)
+{
+    launch_lock();
+    bool known = launch->exited && !launch->status_lost;
+    if (known)
+        *ret_usage = launch->usage;
+    launch_unlock();
+    return known;
+}
+
+int launch_fd(struct launch *launch, enum launch_slot slot)
+{
+    launch_lock();
+    int fd = launch_slot_fd(launch, slot);
+    launch_unlock();
+    return fd;
+}
+
+/* Only to a child of ours: what a forked child inherits is its parent's to kill. */
 int launch_signal(struct launch *launch, int sig)
 {
     launch_lock();
     int result = -ESRCH;
-    if (launch->pidfd >= 0 && !launch->exited)
+    if (launch->pidfd >= 0 && !launch->exited && !launch_is_foreign(launch->generation))
         result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
     launch_unlock();
     return result;
@@ -593,7 +676,7 @@ bool launch_in_flight_before(uint64_t id)
     bool found = false;
     launch_lock();
     for (struct launch *launch = first_launch; launch && !found; launch = launch->next)
-        found = launch->id < id && launch->verdict == LAUNCH_PENDING &&
+        found = launch->id < id && launch->in_flight &&
                 !(launch->detached && launch_left_memory_locked(launch));
     launch_unlock();
     return found;
@@ -633,15 +716,13 @@ static void after_fork_in_child(void)
         launch->hides_memory = false;
         if (launch->verdict == LAUNCH_PENDING)
             launch->verdict = LAUNCH_EXECED; /* the parent's to judge */
+        set_in_flight_locked(launch, false);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         spawn_close_child_ends(&launch->ends);
-        if (!launch->owned) {
-            close_all_locked(launch);
-            free_launch_locked(launch);
-        }
+        if (!launch->owned || launch->closed)
+            bury_locked(launch);
     }
     counts.orphans = 0;
-    counts.in_flight = 0;
     launch_unlock();
 }
 

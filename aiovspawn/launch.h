@@ -9,8 +9,9 @@
  *    so that a fork in another thread sees none of them or, through the
  *    pthread_atfork handlers, closes them. Only the vfork and fork rungs let go
  *    of it round the clone; their fds are in the table by then;
- *  - a launch is freed when its owner has let go of it and its child has been
- *    reaped. Without an owner it is an orphan, and reaped by a later launch;
+ *  - a launch that its owner has closed before its child was reaped is an orphan,
+ *    and reaped by a later launch. It is freed when it has been reaped and its
+ *    owner has let go of it, so that an owner's pointer is always good;
  *  - its block is freed when the child has left our memory, never before.
  */
 #ifndef AIOVSPAWN_LAUNCH_H
@@ -48,11 +49,15 @@ struct launch {
     struct spawn_ends ends;
     enum launch_verdict verdict;
     struct spawn_record record; /* of a failed launch */
-    bool owned;
+    bool owned;     /* somebody holds a pointer to it */
+    bool closed;    /* no loop is to hear of it again */
+    bool in_flight; /* counted as such: not known to have exec'd */
     bool contended; /* another launch had not exec'd when this one was cloned */
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
-    bool exited;
+    bool exited;      /* returncode and usage are set */
+    bool reaped;      /* the child is dead for certain, and has left our memory */
+    bool held;        /* dead, but a tracer has not let go of it: see hub.c */
     bool status_lost; /* exit status taken by another wait(), and the kernel cannot tell */
     pid_t pid;
     int pidfd; /* -1 once reaped */
@@ -70,12 +75,15 @@ struct block *block_new(size_t arena_size);
 void *block_take(struct block *block, size_t size);
 void block_free(struct block *block);
 
-int launch_start(struct hub *hub, struct block *block, enum spawn_rung rung, struct launch **ret_launch,
+int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
                  enum spawn_op *ret_op);
 int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch);
-void launch_disown(struct launch *launch);
+void launch_close(struct launch *launch);
+void launch_free(struct launch *launch);
 
-int launch_poll(struct launch *launch);
+bool launch_poll(struct launch *launch, int *ret_returncode);
+bool launch_usage(struct launch *launch, struct rusage *ret_usage);
+int launch_fd(struct launch *launch, enum launch_slot slot);
 int launch_signal(struct launch *launch, int sig);
 ssize_t launch_write(struct launch *launch, const void *data, size_t size);
 int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);

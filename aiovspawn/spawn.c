@@ -139,7 +139,7 @@ CHILD long child_close_listed(int directory, long first, long last)
 /* Where close_range is missing or refused, and then where /proc is not mounted. */
 CHILD long child_close_slowly(long first, long last)
 {
-    uint64_t limit[2] = {0, 0};
+    uint64_t limit[2]; /* soft, hard */
     int directory = (int)sys_openat(AT_FDCWD, "/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (directory >= 0) {
         long result = child_close_listed(directory, first, last);
@@ -529,6 +529,8 @@ static long clone_then_open(struct spawn_child *child, void *stack_top, enum spa
     if (pid < 0)
         return pid;
     long pidfd = sys_pidfd_open((int)pid);
+    if (pidfd == -ESRCH)
+        return -ESRCH; /* SIGCHLD is ignored and the child has gone: its pid may be anybody's */
     if (pidfd < 0) {
         (void)sys_call(__NR_kill, pid, SIGKILL, 0, 0, 0, 0);
         while (sys_call(__NR_wait4, pid, 0, 0, 0, 0, 0) == -EINTR)
@@ -552,32 +554,35 @@ static long clone_child(struct spawn_child *child, void *stack, size_t stack_siz
     return pid;
 }
 
+/* A low pidfd is odd, not wrong: it stays where it is if there is no other. */
+static void raise_pidfd(int *pidfd)
+{
+    int old = *pidfd, raised = old > STDERR_FD ? -1 : (int)sys_fcntl(old, F_DUPFD_CLOEXEC, STDERR_FD + 1);
+    if (raised >= 0) {
+        *pidfd = raised;
+        (void)sys_close(old);
+    }
+}
+
 /* Clones the child described by `child`, to run on the stack given, whose top is
- * 16-byte aligned. Gives its pid and a pidfd >= 3. On the vfork rung it returns
- * when the child has exec'd or died. */
+ * 16-byte aligned. Returns its pid and sets *ret_pidfd: already during the
+ * clone, so that a fork in another thread finds it while the vfork rung waits.
+ * On that rung the child has exec'd or died when this returns. */
 int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
                 int *ret_pidfd)
 {
     static const uint64_t all_signals = ~0ULL;
-    int pidfd = -1;
     long result = sys_sigmask(SIG_SETMASK, &all_signals, &child->mask);
     if (result < 0)
         return (int)result;
     uint64_t mask = child->mask;
     __atomic_store_n(&child->in_memory, spawn_is_detached(rung), __ATOMIC_RELEASE);
-    result = clone_child(child, stack, stack_size, rung, &pidfd);
+    result = clone_child(child, stack, stack_size, rung, ret_pidfd);
     (void)sys_sigmask(SIG_SETMASK, &mask, NULL);
     if (result < 0) {
         __atomic_store_n(&child->in_memory, 0, __ATOMIC_RELEASE);
         return (int)result;
     }
-    if (pidfd <= STDERR_FD) {
-        int raised = (int)sys_fcntl(pidfd, F_DUPFD_CLOEXEC, STDERR_FD + 1);
-        if (raised >= 0) {
-            (void)sys_close(pidfd);
-            pidfd = raised;
-        } /* else it stays where it is: a low pidfd is odd, not wrong */
-    }
-    *ret_pidfd = pidfd;
+    raise_pidfd(ret_pidfd);
     return (int)result;
 }

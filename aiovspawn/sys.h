@@ -26,9 +26,9 @@
 #endif
 
 #if defined(__clang__)
-#define SYS_NO_SANITIZE __attribute__((no_sanitize("address", "undefined")))
+#define SYS_NO_SANITIZE __attribute__((no_sanitize("address", "undefined", "thread")))
 #else
-#define SYS_NO_SANITIZE __attribute__((no_sanitize_address, no_sanitize_undefined))
+#define SYS_NO_SANITIZE __attribute__((no_sanitize_address, no_sanitize_undefined, no_sanitize_thread))
 #endif
 #define SYS_INLINE static inline __attribute__((always_inline, unused)) SYS_NO_SANITIZE
 

@@ -203,8 +203,11 @@ async def test_signal_to_a_finished_process_is_asyncios_error() -> None:
 
 
 async def test_signal_to_a_zombie_is_no_error() -> None:
-    process = await launch("true")
-    os.waitid(os.P_PIDFD, process.pidfd or -1, os.WEXITED | os.WNOWAIT)
+    process = await launch("cat", stdin=PIPE)
+    assert process.stdin is not None
+    assert process.pidfd is not None
+    process.stdin.close()
+    os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED | os.WNOWAIT)
     process.kill()
     assert await process.wait() == 0
 
@@ -213,7 +216,7 @@ async def test_bad_signal_is_an_error() -> None:
     process = await launch("cat", stdin=PIPE)
     with pytest.raises(OSError, match="Invalid argument"):
         process.send_signal(1000)
-    await process.communicate()
+    await process.communicate(b"")
 
 
 # ---- pipes --------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ async def test_mutable_buffer_is_copied() -> None:
     data = bytearray(b"a" * 1_000_000)
     process.stdin.write(data)
     data[:] = b"b" * len(data)
-    output, _ = await process.communicate()
+    output, _ = await process.communicate(b"")
     assert output == b"a" * len(data)
 
 
@@ -327,7 +330,7 @@ async def test_subprocess_info_is_like_popen(rung: str) -> None:
     assert popen is transport.get_extra_info("subprocess")
     assert popen.pid == transport.get_pid()
     assert popen.poll() is None
-    assert popen.args == ["cat"]
+    assert popen.args == ("cat",)
     assert popen.stdin.fileno() >= 0
     assert transport.get_extra_info("other", "default") == "default"
     with pytest.raises(subprocess.TimeoutExpired):
@@ -393,6 +396,85 @@ async def test_callbacks_run_in_the_context_of_their_launch() -> None:
 
     await asyncio.gather(launch_with("a"), launch_with("b"))
     assert sorted(seen) == ["a", "b"]
+
+
+async def test_what_a_callback_sets_is_not_seen_by_the_next() -> None:
+    variable = contextvars.ContextVar("variable", default=0)
+    seen: list[int] = []
+
+    class Counting(Recorder):
+        def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+            seen.append(variable.get())
+            variable.set(variable.get() + 1)
+
+    transport, protocol = await asyncio.get_running_loop().subprocess_exec(Counting, "true")
+    await protocol.lost
+    assert seen == [0, 0, 0]
+    transport.close()
+
+
+async def test_many_small_writes_are_written_together() -> None:
+    process = await launch("sh", "-c", "read line; exec wc -c", stdin=PIPE, stdout=PIPE)
+    assert process.stdin is not None
+    for _ in range(20_000):
+        process.stdin.write(b"0123456")
+    pipe = process._transport.get_pipe_transport(0)
+    assert len(pipe._buffer) == 1
+    process.stdin.write(b"\n" + b"x" * 100_000)
+    process.stdin.write(b"y" * 10)
+    output, _ = await process.communicate(b"")
+    assert int(output) == 100_010
+
+
+async def test_pipes_are_served_in_turn() -> None:
+    received = dict.fromkeys(range(24), 0)
+
+    class Count(Recorder):
+        number = -1
+
+        def pipe_data_received(self, fd: int, data: bytes) -> None:
+            received[self.number] += len(data)
+
+    async def start(number: int) -> tuple[Any, Count]:
+        transport, protocol = await asyncio.get_running_loop().subprocess_exec(
+            Count, "cat", "/dev/zero", stdin=DEVNULL, stderr=DEVNULL
+        )
+        protocol.number = number
+        return transport, protocol
+
+    started = [await start(number) for number in received]
+    for number in received:
+        received[number] = 0
+    while max(received.values()) < 2**23:
+        await asyncio.sleep(0)
+    assert min(received.values()) > 0
+    for transport, protocol in started:
+        transport.close()
+        await protocol.lost
+
+
+def test_launch_that_is_closed_with_its_loop_is_silent(python: list[str]) -> None:
+    on_loop(
+        """
+import asyncio, gc, aiovspawn
+from aiovspawn import _core
+async def main():
+    await aiovspawn.create_subprocess_exec("sleep", "1000")
+loop = aiovspawn.new_event_loop()
+task = loop.create_task(main())
+loop.call_soon(loop.stop)
+loop.run_forever()
+assert _core.counts()["in_flight"] == 1
+task._log_destroy_pending = False
+loop.close()
+del task, loop
+gc.collect()
+while _core.reap_orphans():
+    pass
+assert _core.counts()["launches"] == 0
+""",
+        python,
+    )
 
 
 async def test_close_kills_and_tells_the_protocol(rung: str) -> None:
@@ -551,6 +633,55 @@ for _ in range(3):
         runner.run(main())
     gc.collect()
     assert sorted(os.listdir("/proc/self/fd")) == before, os.popen("ls -l /proc/%d/fd" % os.getpid()).read()
+""",
+        python,
+    )
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "process._transport.close()", "del process; gc.collect()"])
+def test_forked_child_does_not_kill_its_parents_processes(python: list[str], end: str) -> None:
+    on_loop(
+        f"""
+import asyncio, gc, os, sys, warnings, aiovspawn
+warnings.simplefilter("ignore")
+async def main():
+    process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    pid = os.fork()
+    if pid == 0:
+        sys.stderr = open(os.devnull, "w")
+        {end}
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert await process.communicate(b"alive") == (b"alive", None)
+aiovspawn.run(main())
+""",
+        python,
+    )
+
+
+def test_loop_of_others_closed_with_a_live_child_lets_go_of_it(python: list[str]) -> None:
+    on_loop(
+        """
+import asyncio, gc, os, warnings, weakref, aiovspawn
+from aiovspawn import _core
+async def leave():
+    await aiovspawn.create_subprocess_exec("sleep", "1000", stdout=-1)
+before = len(os.listdir("/proc/self/fd"))
+loop = asyncio.new_event_loop()
+loop.run_until_complete(leave())
+loop.close()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    gone = weakref.ref(loop)
+    del loop
+    gc.collect()
+assert gone() is None
+assert any("unclosed transport <SubprocessTransport" in str(warning.message) for warning in caught)
+caught.clear()  # each holds its source
+gc.collect()
+while _core.reap_orphans():
+    pass
+assert len(os.listdir("/proc/self/fd")) == before
 """,
         python,
     )

@@ -1,0 +1,535 @@
+/* The C core on its own: each test is one behaviour of spawn.c, launch.c or hub.c.
+ *
+ *   battery --list        the names of the tests
+ *   battery NAME          runs one: exit status 0 passed, 1 failed, 77 not possible here
+ *   battery NAME RUNG     on one rung, by number
+ */
+#define _GNU_SOURCE
+#include "hub.h"
+#include "launch.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static enum spawn_rung rung;
+
+#define CHECK(condition)                                                                                      \
+    do {                                                                                                      \
+        if (!(condition)) {                                                                                   \
+            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno);                 \
+            exit(1);                                                                                          \
+        }                                                                                                     \
+    } while (0)
+
+static struct hub *new_hub(void)
+{
+    struct hub *hub;
+    CHECK(launch_init() == 0);
+    CHECK(hub_new(&hub) == 0);
+    return hub;
+}
+
+static const char *const no_environment[] = {NULL};
+
+static struct block *block_for(const char *const *argv, const struct spawn_step *steps, size_t step_count)
+{
+    struct block *block = block_new(16 * 1024);
+    CHECK(block);
+    const char **programs = block_take(block, 2 * sizeof *programs);
+    programs[0] = argv[0];
+    programs[1] = NULL;
+    block->request = (struct spawn_request){
+        .programs = programs,
+        .argv = (char *const *)(uintptr_t)argv,
+        .envp = (char *const *)(uintptr_t)no_environment,
+        .stdio = {SPAWN_INHERIT, SPAWN_INHERIT, SPAWN_INHERIT},
+        .close_fds = true,
+        .steps = steps,
+        .step_count = step_count,
+    };
+    block->child.steps = block_take(block, spawn_step_bound(&block->request) * sizeof(struct spawn_step));
+    CHECK(block->child.steps);
+    return block;
+}
+
+static int start_block(struct hub *hub, struct block *block, struct launch **ret_launch, enum spawn_op *ret_op)
+{
+    int result = launch_start(hub, &block, rung, ret_launch, ret_op);
+    if (block)
+        block_free(block);
+    return result;
+}
+
+static struct launch *start(struct hub *hub, const char *const *argv)
+{
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    CHECK(start_block(hub, block_for(argv, NULL, 0), &launch, &op) == 0);
+    return launch;
+}
+
+/* Drains until there is an event of this kind for the launch, or 10 seconds have passed. */
+static struct hub_event wait_for(struct hub *hub, const struct launch *launch, enum hub_event_kind kind)
+{
+    struct pollfd ready = {.fd = hub->epoll_fd, .events = POLLIN};
+    for (;;) {
+        CHECK(poll(&ready, 1, 10000) == 1);
+        int count = hub_drain(hub);
+        CHECK(count >= 0);
+        for (int i = 0; i < count; i++) {
+            if (hub->events[i].id == launch->id && hub->events[i].kind == kind) {
+                struct hub_event event = hub->events[i];
+                hub_done(hub);
+                return event;
+            }
+        }
+        hub_done(hub);
+    }
+}
+
+static int count_fds(void)
+{
+    DIR *directory = opendir("/proc/self/fd");
+    int count = 0;
+    CHECK(directory);
+    while (readdir(directory))
+        count++;
+    closedir(directory);
+    return count;
+}
+
+static void expect_nothing_left(struct hub *hub, int fds)
+{
+    while (launch_reap_orphans() > 0)
+        usleep(1000);
+    struct launch_counts counts = launch_count();
+    CHECK(counts.launches == 0);
+    CHECK(counts.orphans == 0);
+    CHECK(counts.in_flight == 0);
+    CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
+    CHECK(count_fds() == fds);
+    hub_free(hub);
+}
+
+static const char *const true_argv[] = {"/bin/true", NULL};
+static const char *const missing_argv[] = {"/nonexistent", NULL};
+static const char *const sleep_argv[] = {"/bin/sleep", "1000", NULL};
+
+static void exit_is_reported(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    static const char *const argv[] = {"/bin/sh", "-c", "exit 7", NULL};
+    struct launch *launch = start(hub, argv);
+    (void)wait_for(hub, launch, HUB_EXECED);
+    if (!launch->exited)
+        CHECK(wait_for(hub, launch, HUB_EXITED).value == 7);
+    CHECK(launch->returncode == 7);
+    CHECK(launch->usage.ru_minflt > 0);
+    CHECK(launch->pidfd == -1);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void exec_error_is_reported_when_the_child_is_reaped(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    struct launch *launch = start(hub, missing_argv);
+    struct hub_event event = wait_for(hub, launch, HUB_FAILED);
+    CHECK(event.step == SPAWN_EXEC);
+    CHECK(event.value == ENOENT);
+    CHECK(waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void failing_step_is_named(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    struct spawn_step step = {.op = SPAWN_CHDIR, .data = "/nonexistent"};
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    CHECK(start_block(hub, block_for(true_argv, &step, 1), &launch, &op) == 0);
+    struct hub_event event = wait_for(hub, launch, HUB_FAILED);
+    CHECK(event.step == SPAWN_CHDIR);
+    CHECK(event.value == ENOENT);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void block_is_freed_at_exec_not_at_exit(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    struct launch *launch = start(hub, sleep_argv);
+    (void)wait_for(hub, launch, HUB_EXECED);
+    CHECK(launch->block == NULL);
+    CHECK(!launch->exited);
+    CHECK(launch_count().free_blocks == 1);
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    CHECK(wait_for(hub, launch, HUB_EXITED).value == -SIGKILL);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void freed_launch_becomes_an_orphan_and_is_reaped(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    struct launch *launch = start(hub, sleep_argv);
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void closed_launch_can_still_be_polled(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds(), returncode = 0;
+    struct launch *launch = start(hub, sleep_argv);
+    launch_close(launch);
+    CHECK(launch_count().orphans == 1);
+    CHECK(!launch_poll(launch, &returncode));
+    CHECK(launch_signal(launch, SIGTERM) == 0);
+    while (!launch_poll(launch, &returncode))
+        usleep(100);
+    CHECK(returncode == -SIGTERM);
+    CHECK(launch_signal(launch, SIGTERM) == -ESRCH);
+    CHECK(launch_reap_orphans() == 0);
+    CHECK(launch_count().launches == 1);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void mask_is_restored_on_success_and_failure(void)
+{
+    struct hub *hub = new_hub();
+    sigset_t mask, now;
+    sigemptyset(&mask);
+    sigaddset(&mask, SIGUSR1);
+    CHECK(sigprocmask(SIG_SETMASK, &mask, NULL) == 0);
+    struct launch *launch = start(hub, true_argv);
+    CHECK(sigprocmask(SIG_BLOCK, NULL, &now) == 0);
+    CHECK(memcmp(&now, &mask, sizeof(uint64_t)) == 0);
+    launch_free(launch);
+    struct rlimit limit, none = {0, 0};
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    none.rlim_max = limit.rlim_max;
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    enum spawn_op op;
+    CHECK(start_block(hub, block_for(true_argv, NULL, 0), &launch, &op) == -EMFILE);
+    CHECK(op == SPAWN_OPEN_PIPES);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK(sigprocmask(SIG_BLOCK, NULL, &now) == 0);
+    CHECK(memcmp(&now, &mask, sizeof(uint64_t)) == 0);
+    while (launch_reap_orphans() > 0)
+        usleep(1000);
+    hub_free(hub);
+}
+
+static void running_out_of_fds_anywhere_leaves_nothing(void)
+{
+    struct hub *hub = new_hub();
+    struct rlimit limit, low;
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    int fds = count_fds(), refused = 0, launched = 0;
+    for (rlim_t allowed = 0; allowed < 20; allowed++) {
+        low = (struct rlimit){allowed, limit.rlim_max};
+        struct block *block = block_for(true_argv, NULL, 0);
+        for (int i = 0; i < 3; i++)
+            block->request.stdio[i] = i == 1 ? SPAWN_DEVNULL : SPAWN_PIPE;
+        struct launch *launch = NULL;
+        enum spawn_op op;
+        CHECK(setrlimit(RLIMIT_NOFILE, &low) == 0);
+        int result = start_block(hub, block, &launch, &op);
+        CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        if (result < 0) {
+            CHECK(result == -EMFILE);
+            refused++;
+        } else {
+            launched++;
+            (void)wait_for(hub, launch, HUB_EXITED);
+            launch_free(launch);
+        }
+        CHECK(count_fds() == fds);
+    }
+    CHECK(refused >= 9 && launched >= 3);
+    expect_nothing_left(hub, fds);
+}
+
+static void output_is_handed_over_with_its_end(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    static const char *const argv[] = {"/bin/echo", "hello", NULL};
+    struct block *block = block_for(argv, NULL, 0);
+    block->request.stdio[1] = SPAWN_PIPE;
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    CHECK(start_block(hub, block, &launch, &op) == 0);
+    char output[16] = "";
+    bool execed = false, ended = false, exited = false;
+    struct pollfd ready = {.fd = hub->epoll_fd, .events = POLLIN};
+    while (!ended || !exited) {
+        CHECK(poll(&ready, 1, 10000) == 1);
+        int count = hub_drain(hub);
+        for (int i = 0; i < count; i++) {
+            const struct hub_event *event = &hub->events[i];
+            execed |= event->kind == HUB_EXECED;
+            exited |= event->kind == HUB_EXITED;
+            CHECK(execed);
+            if (event->kind == HUB_STDOUT && event->size)
+                strncat(output, event->data, event->size);
+            ended |= event->kind == HUB_STDOUT && !event->size;
+        }
+        hub_done(hub);
+    }
+    CHECK(!strcmp(output, "hello\n"));
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void broken_stdin_is_told_once(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    struct block *block = block_for(true_argv, NULL, 0);
+    block->request.stdio[0] = SPAWN_PIPE;
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    CHECK(start_block(hub, block, &launch, &op) == 0);
+    CHECK(wait_for(hub, launch, HUB_STDIN).value == EPOLLERR);
+    if (!launch->exited)
+        (void)wait_for(hub, launch, HUB_EXITED);
+    struct pollfd ready = {.fd = hub->epoll_fd, .events = POLLIN};
+    CHECK(poll(&ready, 1, 0) == 0);
+    CHECK(launch_write(launch, "x", 1) == -EPIPE);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void hub_is_drained_by_one_at_a_time(void)
+{
+    struct hub *hub = new_hub();
+    CHECK(hub_drain(hub) == 0);
+    CHECK(hub_drain(hub) == -EBUSY);
+    CHECK(hub_sweep(hub) == -EBUSY);
+    hub_done(hub);
+    CHECK(hub_sweep(hub) == 0);
+    hub_done(hub);
+    hub_close(hub);
+    CHECK(hub_drain(hub) == -EBADF);
+    hub_free(hub);
+}
+
+static void launch_outlives_its_hub(void)
+{
+    struct hub *hub = new_hub(), *other = new_hub();
+    int fds = count_fds() - 1, returncode;
+    struct launch *launch = start(hub, sleep_argv);
+    hub_free(hub);
+    CHECK(launch_watch(launch, LAUNCH_STDOUT, true) == 0);
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    while (!launch_poll(launch, &returncode))
+        usleep(100);
+    CHECK(returncode == -SIGKILL);
+    launch_free(launch);
+    expect_nothing_left(other, fds);
+}
+
+static void launch_on_a_closed_hub_is_refused(void)
+{
+    struct hub *hub = new_hub();
+    hub_close(hub);
+    int fds = count_fds();
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    CHECK(start_block(hub, block_for(true_argv, NULL, 0), &launch, &op) == -EBADF);
+    expect_nothing_left(hub, fds);
+}
+
+static void forked_child_holds_nothing_in_flight(void)
+{
+    struct hub *hub = new_hub();
+    struct launch *launch = start(hub, sleep_argv);
+    int status = launch->ends.status_read, returncode;
+    CHECK(status >= 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        CHECK(fcntl(status, F_GETFD) == -1);
+        CHECK(launch_signal(launch, SIGKILL) == -ESRCH);
+        CHECK(!launch_poll(launch, &returncode));
+        launch_free(launch);
+        hub_free(hub);
+        CHECK(launch_count().launches == 0);
+        _exit(0);
+    }
+    int wait_status;
+    CHECK(waitpid(pid, &wait_status, 0) == pid && wait_status == 0);
+    (void)wait_for(hub, launch, HUB_EXECED); /* the shared epoll set has not lost it */
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    CHECK(wait_for(hub, launch, HUB_EXITED).value == -SIGKILL);
+    launch_free(launch);
+    hub_free(hub);
+}
+
+static void stolen_exit_status_is_recovered_or_said_to_be_lost(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    static const char *const argv[] = {"/bin/sh", "-c", "exit 9", NULL};
+    struct launch *launch = start(hub, argv);
+    CHECK(waitpid(launch->pid, NULL, 0) == launch->pid);
+    int value = wait_for(hub, launch, HUB_EXITED).value;
+    CHECK(launch->status_lost ? value == 255 : value == 9);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+static void many_launches_end_well(void)
+{
+    enum { ROUNDS = 40, WIDTH = 16 };
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    for (int round = 0; round < ROUNDS; round++) {
+        struct launch *launches[WIDTH];
+        for (int i = 0; i < WIDTH; i++)
+            launches[i] = start(hub, i % 4 == 3 ? missing_argv : true_argv);
+        for (int i = 0; i < WIDTH; i++) {
+            if (i % 4 == 2) {
+                (void)launch_signal(launches[i], SIGKILL);
+            } else {
+                struct pollfd pidfd = {.fd = launches[i]->pidfd, .events = POLLIN};
+                if (pidfd.fd >= 0)
+                    CHECK(poll(&pidfd, 1, 10000) == 1);
+            }
+            launch_free(launches[i]);
+        }
+    }
+    CHECK(hub_drain(hub) == 0);
+    hub_done(hub);
+    expect_nothing_left(hub, fds);
+}
+
+static void steps_close_what_is_between_the_kept(void)
+{
+    static const int passed[] = {5, 6, 9};
+    struct spawn_request request = {
+        .stdio = {SPAWN_INHERIT, 12, SPAWN_PIPE},
+        .close_fds = true,
+        .pass_fds = passed,
+        .pass_fd_count = 3,
+    };
+    struct spawn_ends ends;
+    spawn_ends_init(&ends);
+    ends.status_write = 7;
+    ends.source[1] = 12;
+    ends.source[2] = ends.child[2] = 20;
+    struct spawn_step steps[64];
+    struct spawn_child child = {.steps = steps};
+    spawn_prepare(&request, &ends, SPAWN_DETACHED_CLONE3, &child);
+    static const struct spawn_step expected[] = {
+        {SPAWN_CLOSE_RANGE, 3, 4, NULL},   {SPAWN_CLOSE_RANGE, 8, 8, NULL},
+        {SPAWN_CLOSE_RANGE, 10, 11, NULL}, {SPAWN_CLOSE_RANGE, 13, 19, NULL},
+        {SPAWN_CLOSE_RANGE, 21, 2147483647, NULL},
+        {SPAWN_STDIO, 12, 1, NULL},        {SPAWN_STDIO, 20, 2, NULL},
+        {SPAWN_CLOSE_RANGE, 12, 12, NULL}, {SPAWN_PASS_FD, 5, 0, NULL},
+        {SPAWN_PASS_FD, 6, 0, NULL},       {SPAWN_PASS_FD, 9, 0, NULL},
+        {SPAWN_SET_MASK, 0, 0, NULL},      {SPAWN_EXEC, 0, 0, NULL},
+    };
+    CHECK(child.step_count == sizeof expected / sizeof *expected);
+    CHECK(child.step_count <= spawn_step_bound(&request));
+    for (size_t i = 0; i < child.step_count; i++)
+        CHECK(steps[i].op == expected[i].op && steps[i].a == expected[i].a && steps[i].b == expected[i].b);
+}
+
+/* A child of spawn_clone() itself, on a stack that shows how deep it went. */
+static void child_needs_little_stack(void)
+{
+    enum { SIZE = 64 * 1024, ALLOWED = 4 * 1024 };
+    unsigned char *stack = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(stack != MAP_FAILED);
+    memset(stack, 0xaa, SIZE);
+    static const struct spawn_step options[] = {
+        {.op = SPAWN_CHDIR, .data = "/"}, {.op = SPAWN_UMASK, .a = 022}, {.op = SPAWN_RESTORE_SIGNALS},
+        {.op = SPAWN_SETSID},             {.op = SPAWN_EXEC},
+    };
+    struct spawn_step steps[64];
+    struct spawn_request request = {
+        .stdio = {SPAWN_PIPE, SPAWN_PIPE, SPAWN_STDOUT}, .close_fds = true, .steps = options, .step_count = 4};
+    struct spawn_ends ends;
+    enum spawn_op op;
+    CHECK(spawn_open_ends(&request, &ends, &op) == 0);
+    static const char *const programs[] = {"/nonexistent", "/bin/true", NULL};
+    request.programs = programs;
+    request.argv = (char *const *)(uintptr_t)true_argv;
+    request.envp = (char *const *)(uintptr_t)no_environment;
+    struct spawn_child child = {.steps = steps};
+    spawn_prepare(&request, &ends, rung, &child);
+    int pidfd = -1, status;
+    int pid = spawn_clone(&child, stack, SIZE, rung, &pidfd);
+    CHECK(pid > 0 && pidfd > 2);
+    CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+    spawn_close_ends(&ends);
+    size_t untouched = 0;
+    while (untouched < SIZE && stack[untouched] == 0xaa)
+        untouched++;
+    if (rung != SPAWN_FORK)
+        CHECK(untouched < SIZE);
+    CHECK(SIZE - untouched <= ALLOWED);
+}
+
+#define TEST(name) {#name, name}
+static const struct {
+    const char *name;
+    void (*run)(void);
+} tests[] = {
+    TEST(exit_is_reported),
+    TEST(exec_error_is_reported_when_the_child_is_reaped),
+    TEST(failing_step_is_named),
+    TEST(block_is_freed_at_exec_not_at_exit),
+    TEST(freed_launch_becomes_an_orphan_and_is_reaped),
+    TEST(closed_launch_can_still_be_polled),
+    TEST(mask_is_restored_on_success_and_failure),
+    TEST(running_out_of_fds_anywhere_leaves_nothing),
+    TEST(output_is_handed_over_with_its_end),
+    TEST(broken_stdin_is_told_once),
+    TEST(hub_is_drained_by_one_at_a_time),
+    TEST(launch_outlives_its_hub),
+    TEST(launch_on_a_closed_hub_is_refused),
+    TEST(forked_child_holds_nothing_in_flight),
+    TEST(stolen_exit_status_is_recovered_or_said_to_be_lost),
+    TEST(many_launches_end_well),
+    TEST(steps_close_what_is_between_the_kept),
+    TEST(child_needs_little_stack),
+};
+enum { TESTS = sizeof tests / sizeof *tests };
+
+int main(int argc, char **argv)
+{
+    (void)signal(SIGPIPE, SIG_IGN);
+    if (argc < 2)
+        return 2;
+    if (argc > 2)
+        rung = (enum spawn_rung)atoi(argv[2]);
+    for (int i = 0; i < TESTS; i++) {
+        if (!strcmp(argv[1], "--list"))
+            puts(tests[i].name);
+        else if (!strcmp(argv[1], tests[i].name))
+            return tests[i].run(), 0;
+    }
+    return strcmp(argv[1], "--list") ? 2 : 0;
+}

@@ -1,0 +1,248 @@
+"""Each entry point of the C core, called directly: what it takes, and that it leaks nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from aiovspawn import _core
+
+Events = deque[tuple[int, int, Any]]
+INHERIT, PIPE = -4, -1
+
+
+@pytest.fixture
+def hub() -> Iterator[_core.Hub]:
+    hub = _core.Hub()
+    yield hub
+    hub.close()
+
+
+def launch(hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)) -> _core.Launch:
+    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1)
+
+
+def wait(hub: _core.Hub) -> list[tuple[int, int, Any]]:
+    """Events up to and with the first exit or failure."""
+    events: Events = deque()
+    while not any(kind in (4, 5) for _, kind, _ in events):
+        select.select([hub.fileno()], [], [], 10)
+        hub.drain(events)
+    return list(events)
+
+
+def finished(hub: _core.Hub, *argv: Any, **keywords: Any) -> _core.Launch:
+    child = launch(hub, *argv, **keywords)
+    wait(hub)
+    return child
+
+
+def test_events_of_a_launch(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/echo", "hello", stdio=(INHERIT, PIPE, INHERIT))
+    events: Events = deque()
+    while len(events) < 4:
+        select.select([hub.fileno()], [], [], 10)
+        hub.drain(events)
+    assert sorted(events, key=str) == sorted(
+        [(child.id, 3, 0), (child.id, 1, b"hello\n"), (child.id, 1, b""), (child.id, 5, 0)], key=str
+    )
+    assert child.poll() == 0
+    assert child.pidfd == child.pipe(1) == -1
+
+
+def test_ids_ascend(hub: _core.Hub) -> None:
+    first, second = finished(hub, b"/bin/true"), finished(hub, b"/bin/true")
+    assert second.id > first.id
+    assert not _core.in_flight_before(second.id)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1),
+        ((b"/bin/true",), (), None, (0, 1, 2), [], (), True, -1),
+        ((b"/bin/true",), (), None, (0, 1, 2), ("x",), (), True, -1),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), ("x",), True, -1),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), ((1, 2),), True, -1),
+        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1),
+        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1),
+        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x"),
+    ],
+)
+def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError):
+        hub.launch(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("pass_fds", "steps"),
+    [((-1,), ()), ((4, 3), ()), ((3, 3), ()), ((), ((0, 0, 0, None),)), ((), ((10**6, 0, 0, None),))],
+)
+def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any) -> None:
+    with pytest.raises(ValueError, match=r"bad value|no such step"):
+        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1)
+
+
+def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
+    class Shrinking:
+        def __fspath__(self) -> str:
+            del argv[1:]
+            return "/bin/true"
+
+    argv: list[Any] = [Shrinking(), *["x" * 1000] * 100]
+    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1)
+    assert wait(hub)[-1] == (child.id, 5, 0)
+
+
+def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
+    environment = [b"V%d=%s" % (i, b"x" * 1000) for i in range(500)]
+    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1)
+    assert wait(hub)[-1] == (child.id, 5, 0)
+
+
+def test_pipes_are_0_1_and_2_only(hub: _core.Hub) -> None:
+    child = finished(hub, b"/bin/true")
+    for call in (lambda: child.watch(3, True), lambda: child.close_pipe(-1), lambda: child.pipe(3)):
+        with pytest.raises(ValueError, match="fd must be 0, 1 or 2"):
+            call()
+
+
+def test_hub_takes_no_arguments() -> None:
+    with pytest.raises(TypeError):
+        _core.Hub(1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError):
+        _core.Launch()
+
+
+def test_closed_hub(hub: _core.Hub) -> None:
+    hub.close()
+    hub.close()
+    assert hub.fileno() == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        hub.drain(deque())
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        launch(hub, b"/bin/true")
+    assert caught.value.step == 0  # type: ignore[attr-defined]
+
+
+def test_sweep_finds_the_verdict_without_the_pipe(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/cat", stdio=(PIPE, INHERIT, INHERIT))
+    events: Events = deque()
+    while not events:
+        hub.sweep(events)
+    assert list(events) == [(child.id, 3, 0)]
+    child.send_signal(signal.SIGKILL)
+    assert wait(hub)[-1] == (child.id, 5, -signal.SIGKILL)
+
+
+# ---- leaks -------------------------------------------------------------------------------
+
+
+def hub_with_a_failing_launch(hub: _core.Hub) -> None:
+    with pytest.raises(OSError, match="Bad file"):
+        launch(hub, b"/bin/true", stdio=(900, INHERIT, INHERIT))
+
+
+def adopt(hub: _core.Hub) -> None:
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    child = hub.adopt(pid, (-1, -1, -1))
+    wait(hub)
+    assert child.rung == "popen"
+
+
+def sweep(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/true")
+    hub.sweep(deque())
+    wait(hub)
+    assert child.poll() == 0
+
+
+def write(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/cat", stdio=(PIPE, PIPE, INHERIT))
+    assert child.write(b"x" * 1000) == 1000
+    child.watch(1, False)
+    child.watch(1, True)
+    child.close_pipe(0)
+    wait(hub)
+
+
+LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
+    "Hub": lambda hub: _core.Hub(),
+    "Hub.fileno": lambda hub: hub.fileno(),
+    "Hub.launch": lambda hub: (finished(hub, b"/bin/true"), hub_with_a_failing_launch(hub)),
+    "Hub.adopt": adopt,
+    "Hub.drain": lambda hub: finished(hub, b"/bin/echo", "x", stdio=(INHERIT, PIPE, INHERIT)),
+    "Hub.sweep": sweep,
+    "Hub.close": lambda hub: _core.Hub().close(),
+    "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),
+    "Launch.poll": lambda hub: finished(hub, b"/bin/true").poll(),
+    "Launch.send_signal": lambda hub: launch(hub, b"/bin/sleep", "9").send_signal(signal.SIGKILL),
+    "Launch.write": write,
+    "Launch.watch": write,
+    "Launch.close_pipe": write,
+    "Launch.pipe": lambda hub: finished(hub, b"/bin/true").pipe(0),
+    "Launch.rusage": lambda hub: finished(hub, b"/bin/true").rusage(),
+    "rung": lambda hub: _core.rung(),
+    "force_rung": lambda hub: (_core.force_rung("vfork"), _core.force_rung(None)),
+    "reap_orphans": lambda hub: _core.reap_orphans(),
+    "in_flight_before": lambda hub: _core.in_flight_before(2**63),
+    "probe_pidfd": lambda hub: _core.probe_pidfd(),
+    "counts": lambda hub: _core.counts(),
+}
+
+
+def entry_points() -> set[str]:
+    names = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
+    names |= {f"Hub.{name}" for name, value in vars(_core.Hub).items() if callable(value) and name[0] != "_"}
+    names |= {f"Launch.{name}" for name, value in vars(_core.Launch).items() if callable(value) and name[0] != "_"}
+    return {name for name in names if not name.startswith("_")} | {"Hub"}
+
+
+def test_every_entry_point_has_a_leak_test() -> None:
+    assert entry_points() == LEAK_TESTS.keys()
+
+
+def resident() -> int:
+    """Private memory of this process in KiB."""
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(("Private_", "Swap:")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAK_TESTS)
+def test_entry_point_leaks_nothing(name: str) -> None:
+    call = LEAK_TESTS[name]
+    hub = _core.Hub()
+
+    def repeat(count: int) -> None:
+        for _ in range(count):
+            call(hub)
+        while _core.reap_orphans():
+            pass
+        gc.collect()
+
+    gc.collect()
+    repeat(300)  # warms free lists and the allocator
+    fds, counts, memory = len(os.listdir("/proc/self/fd")), _core.counts(), resident()
+    repeat(300)
+    assert len(os.listdir("/proc/self/fd")) == fds
+    after = _core.counts()
+    assert after.pop("free_blocks") <= 32
+    counts.pop("free_blocks")
+    assert after == counts
+    # A leak of one object per call would be 300 times 48 bytes at the least; pages come in fours of KiB.
+    growth = resident() - memory
+    if growth > 12:
+        memory = resident()
+        repeat(3000)
+        growth = resident() - memory
+        assert growth < 3000 * 32 / 1024, f"{growth} KiB in 3000 calls"
