@@ -31,7 +31,7 @@ class Ladder:
         self.way: str | None = None
         """"core", "popen" or "delegate"; None before the first launch."""
         self.reason = ""
-        self.start: Callable[..., Any]
+        self.start: Callable[..., Awaitable[Any]]
         """_transport.start_subprocess(), when the C core is there."""
 
     def choose(self) -> str:
@@ -96,7 +96,7 @@ def _reject_text(universal_newlines: bool, bufsize: int, text: Any, encoding: An
 
 def subprocess_exec(
     loop: asyncio.AbstractEventLoop,
-    delegate: Callable[..., Awaitable[Started[P]]],
+    delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
     program: Any,
     *args: Any,
@@ -116,9 +116,7 @@ def subprocess_exec(
         raise ValueError("shell must be False")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
     if ladder.choose() == "delegate":
-        return delegate(
-            protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs
-        )
+        return delegate(protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
     return ladder.start(
         loop,
         protocol_factory,
@@ -134,7 +132,7 @@ def subprocess_exec(
 
 def subprocess_shell(
     loop: asyncio.AbstractEventLoop,
-    delegate: Callable[..., Awaitable[Started[P]]],
+    delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
     cmd: str | bytes,
     *,

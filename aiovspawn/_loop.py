@@ -75,7 +75,7 @@ if sys.platform == "win32":
 
 else:
 
-    class EventLoop(SubprocessMixin, asyncio.SelectorEventLoop):
+    class EventLoop(SubprocessMixin, asyncio.SelectorEventLoop):  # type: ignore[misc]
         """asyncio's selector event loop with fast subprocess methods."""
 
 

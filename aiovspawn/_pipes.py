@@ -200,7 +200,7 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
             self._buffer[-1] += view
         else:
             self._buffer.append(bytearray(view))
-        self._maybe_pause_protocol()
+        self._maybe_pause_protocol()  # type: ignore[attr-defined]  # unknown to typeshed
 
     def _flush(self) -> None:
         try:
@@ -218,7 +218,7 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
             return
         if not self._buffer:
             self._launch.watch(self.fd, False)
-        self._maybe_resume_protocol()
+        self._maybe_resume_protocol()  # type: ignore[attr-defined]
         if self._closing and not self._buffer:
             self._close(None)
 

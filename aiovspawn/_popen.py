@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -62,10 +63,8 @@ class PidfdPopen:
     def send_signal(self, sig: int) -> None:
         """Send a signal through the pidfd; does nothing if the child has exited."""
         if self._launch.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 self._launch.send_signal(sig)
-            except ProcessLookupError:
-                pass
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

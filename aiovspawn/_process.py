@@ -27,7 +27,7 @@ class Process(asyncio.subprocess.Process):
     _transport: SubprocessTransport
 
     @property
-    def returncode(self) -> int | None:  # type: ignore[override]
+    def returncode(self) -> int | None:
         """The returncode as the kernel has it now, or None while the process lives."""
         transport = self._transport
         return transport.poll() if hasattr(transport, "poll") else transport.get_returncode()

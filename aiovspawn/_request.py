@@ -311,5 +311,7 @@ def launch_error(request: Request, step: int, error: int) -> OSError:
         filename = request.cwd
     message = os.strerror(error)
     exception = OSError(error, message) if filename is None else OSError(error, message, filename)
-    exception.add_note(f"aiovspawn: the launch of {request.executable!r} failed at step {_core.STEP_NAMES[step]!r}")
+    exception.add_note(
+        f"aiovspawn: the launch of {request.executable!r} failed at step {_core.STEP_NAMES[step]!r}"
+    )
     return exception

@@ -18,6 +18,7 @@ not when the pipes are closed too; a signal goes to the pidfd.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import signal
@@ -59,7 +60,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         request: Request,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(extra)
+        super().__init__()
+        self._info: dict[str, Any] = dict(extra or {})
         self.loop = loop
         self.context = contextvars.copy_context()
         self._protocol: asyncio.SubprocessProtocol | None = protocol
@@ -180,7 +182,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _may_retry(self, step: int, error: int) -> bool:
         """Whether an older launch may have held the program's file open for writing."""
         return (
-            step == _core.STEP_EXEC and error == errno.ETXTBSY and self._launch.contended and not self._retried
+            step == _core.STEP_EXEC
+            and error == errno.ETXTBSY
+            and self._launch.contended
+            and not self._retried
         )
 
     def _retry_when_older_have_execed(self, delay: float) -> None:
@@ -270,12 +275,10 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return a Popen-like object for the name "subprocess"; see _popen.PidfdPopen."""
-        if name == "subprocess" and name not in self._extra:
-            files = [
-                self._pipes[fd].get_extra_info("pipe") if fd in self._pipes else None for fd in range(3)
-            ]
-            self._extra[name] = _popen.PidfdPopen(self._launch, self._request.given, *files)
-        return super().get_extra_info(name, default)
+        if name == "subprocess" and name not in self._info:
+            files = [self._pipes[fd].get_extra_info("pipe") if fd in self._pipes else None for fd in range(3)]
+            self._info[name] = _popen.PidfdPopen(self._launch, self._request.given, *files)
+        return self._info.get(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         assert isinstance(protocol, asyncio.SubprocessProtocol)
@@ -312,7 +315,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             return self._returncode
         return self._launch.poll()
 
-    def get_pipe_transport(self, fd: int) -> ReadPipe | WritePipe | None:  # type: ignore[override]
+    def get_pipe_transport(self, fd: int) -> ReadPipe | WritePipe | None:
         return self._pipes.get(fd)
 
     async def _wait(self) -> int:
@@ -331,10 +334,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """Send a signal through the pidfd: it reaches this child or nobody."""
         if self._protocol is None:
             raise ProcessLookupError
-        try:
+        with contextlib.suppress(ProcessLookupError):  # has exited, and the news is on its way
             self._launch.send_signal(signal)
-        except ProcessLookupError:
-            pass  # has exited, and the news is on its way
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -361,10 +362,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         if self._returncode is None and self._launch.poll() is None:
             if self.loop.get_debug() and not launching:
                 logger.warning("Close running child process: kill %r", self)
-            try:
+            with contextlib.suppress(PermissionError):  # it has become somebody else's
                 self.get_extra_info("subprocess").kill()
-            except PermissionError:
-                pass  # it has become somebody else's
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
         if not self._closed:
@@ -376,10 +375,8 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._closed = True
         self._state = State.ABANDONED
         if self._returncode is None and self._launch.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 self._launch.send_signal(signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         self._launch.close()
 
 

@@ -40,7 +40,9 @@ async def _round(launch: Launch, launches: int, in_flight: int) -> None:
     await asyncio.gather(*(worker() for _ in range(in_flight)))
 
 
-def _measure(loop_factory: Callable[[], asyncio.AbstractEventLoop], launch: Launch, launches: int, in_flight: int) -> tuple[float, float]:
+def _measure(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop], launch: Launch, launches: int, in_flight: int
+) -> tuple[float, float]:
     """Microseconds of parent CPU per process, and processes per second."""
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(_round(launch, in_flight, in_flight))

@@ -46,13 +46,17 @@ class Progress:
             print(f"\r{self.name:10} {self.done}/{self.total}  {self.rate:.0f}/s ", end=end, file=sys.stderr)
 
 
-async def run_all(create: Create, command: list[str], files: list[Path], in_flight: int, progress: Progress) -> Results:
+async def run_all(
+    create: Create, command: list[str], files: list[Path], in_flight: int, progress: Progress
+) -> Results:
     results: Results = {}
     left: Iterator[Path] = iter(files)
 
     async def worker() -> None:
         for file in left:
-            process = await create(*command, file, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+            process = await create(
+                *command, file, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
             output, _ = await process.communicate()
             results[file] = (process.returncode, output)
             progress.step()
@@ -76,9 +80,13 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what to run on each file (default: sha256sum)")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="what to run on each file (default: sha256sum)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/usr/bin"), help="(default: %(default)s)")
-    parser.add_argument("--in-flight", type=int, default=32, help="processes at a time (default: %(default)s)")
+    parser.add_argument(
+        "--in-flight", type=int, default=32, help="processes at a time (default: %(default)s)"
+    )
     parser.add_argument("--limit", type=int, default=None, help="take at most so many files")
     options = parser.parse_args()
     options.command = options.command or ["sha256sum"]
@@ -86,7 +94,10 @@ def main() -> None:
     if not files:
         parser.error(f"no files in {options.folder}")
 
-    print(f"{' '.join(options.command)} over {len(files)} files of {options.folder}, {options.in_flight} in flight")
+    print(
+        f"{' '.join(options.command)} over {len(files)} files of {options.folder},"
+        f" {options.in_flight} in flight"
+    )
     fast, results = measure(
         "aiovspawn", aiovspawn.new_event_loop, aiovspawn.create_subprocess_exec, options, files
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -63,10 +64,8 @@ class Footprint:
 def _open_fds() -> dict[str, str]:
     fds = {}
     for fd in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
             fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
-        except FileNotFoundError:
-            pass  # the listing's own
     return fds
 
 
@@ -147,7 +146,9 @@ def popen_without_posix_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compile_program(target: Path, *arguments: str, compiler: str = "cc") -> Path:
-    subprocess.run([compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *arguments, "-o", target], check=True)
+    subprocess.run(
+        [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *arguments, "-o", target], check=True
+    )
     return target
 
 

@@ -25,7 +25,9 @@ def hub() -> Iterator[_core.Hub]:
     hub.close()
 
 
-def launch(hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)) -> _core.Launch:
+def launch(
+    hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)
+) -> _core.Launch:
     return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1)
 
 
@@ -203,7 +205,9 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
 def entry_points() -> set[str]:
     names = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
     names |= {f"Hub.{name}" for name, value in vars(_core.Hub).items() if callable(value) and name[0] != "_"}
-    names |= {f"Launch.{name}" for name, value in vars(_core.Launch).items() if callable(value) and name[0] != "_"}
+    names |= {
+        f"Launch.{name}" for name, value in vars(_core.Launch).items() if callable(value) and name[0] != "_"
+    }
     return {name for name in names if not name.startswith("_")} | {"Hub"}
 
 

@@ -8,7 +8,6 @@ import os
 import resource
 import subprocess
 import sys
-
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def fresh(keywords: Keywords) -> Keywords:
 
 
 def popen_error(args: list[Any], keywords: Keywords) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011  whatever it is, it is the answer
+    with pytest.raises(Exception) as caught:
         subprocess.Popen(args, **fresh(keywords)).wait()
     return caught.value
 
@@ -137,18 +136,22 @@ async def test_bad_input_gets_subprocess_exception(rung: str, case: str) -> None
             assert error.filename == expected.filename
         if rung != "popen":
             assert step is not None
-            assert error.__notes__ == [f"aiovspawn: the launch of {error_program(args, keywords)!r} failed at step {step!r}"]
+            assert error.__notes__ == [
+                f"aiovspawn: the launch of {error_program(args, keywords)!r} failed at step {step!r}"
+            ]
     elif isinstance(expected, ValueError) and not isinstance(expected, OverflowError):
         assert str(error).replace("extra_groups", "groups") == str(expected).replace("extra_groups", "groups")
 
 
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr", "pass_fds"])
-async def test_closed_fd_is_an_error_even_where_one_of_ours_takes_its_number(core_rung: str, name: str) -> None:
+async def test_closed_fd_is_an_error_even_where_one_of_ours_takes_its_number(
+    core_rung: str, name: str
+) -> None:
     await (await aiovspawn.create_subprocess_exec("true")).wait()  # opens the hub
     fd = lowest_closed_fd()
     keywords: Keywords = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     keywords[name] = (fd,) if name == "pass_fds" else fd
-    with pytest.raises(OSError) as caught:  # noqa: PT011  errno is looked at
+    with pytest.raises(OSError) as caught:
         await aiovspawn.create_subprocess_exec("true", **keywords)
     assert caught.value.errno == errno.EBADF
 
@@ -170,9 +173,9 @@ def error_program(args: list[Any], keywords: Keywords) -> Any:
 )
 async def test_what_asyncio_rejects_is_rejected_in_its_words(keywords: Keywords) -> None:
     plain = asyncio.BaseEventLoop.subprocess_exec
-    with pytest.raises(ValueError) as expected:  # noqa: PT011  compared below
+    with pytest.raises(ValueError) as expected:
         await plain(asyncio.get_running_loop(), asyncio.SubprocessProtocol, "true", **keywords)  # type: ignore[arg-type]
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         await aiovspawn.create_subprocess_exec("true", **keywords)
     assert str(caught.value) == str(expected.value)
 
@@ -388,5 +391,3 @@ async def test_counts_are_back_after_failures(core_rung: str) -> None:
             await aiovspawn.create_subprocess_exec("/nonexistent", stdin=-1, stdout=-1, stderr=-1)
     after = _core.counts()
     assert (after["in_flight"], after["orphans"]) == (before["in_flight"], before["orphans"])
-
-

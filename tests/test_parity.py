@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,7 +83,9 @@ CASES: dict[str, Callable[[ExitStack], Keywords]] = {
     "cwd": lambda stack: {"cwd": "/usr/../usr/bin"},
     "cwd as path": lambda stack: {"cwd": Path("/tmp")},
     "cwd as bytes": lambda stack: {"cwd": b"/"},
-    "env": lambda stack: {"env": {"A": "1", "EMPTY": "", b"B\xff": b"\xfe", "SURROGATE": "\udcff", "UMLAUT": "ä"}},
+    "env": lambda stack: {
+        "env": {"A": "1", "EMPTY": "", b"B\xff": b"\xfe", "SURROGATE": "\udcff", "UMLAUT": "ä"}
+    },
     "no env": lambda stack: {"env": {}},
     "restore_signals": lambda stack: {"restore_signals": True},
     "restore_signals=False": lambda stack: {"restore_signals": False},
@@ -301,5 +302,3 @@ aiovspawn.run(main())
 assert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 1
 """
     subprocess.run([*python, "-c", code], check=True, env=os.environ | {"AIOVSPAWN_RUNG": core_rung})
-
-

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from asyncio.subprocess import DEVNULL, PIPE
@@ -815,9 +814,11 @@ aiovspawn.run(main())
 def test_importing_opens_nothing_and_starts_nothing(python: list[str]) -> None:
     code = """
 import asyncio, os, signal, threading
-before = sorted(os.listdir("/proc/self/fd")), threading.active_count(), signal.getsignal(signal.SIGCHLD)
+def state():
+    return sorted(os.listdir("/proc/self/fd")), threading.active_count(), signal.getsignal(signal.SIGCHLD)
+before = state()
 import aiovspawn, aiovspawn._core, aiovspawn._transport
-assert before == (sorted(os.listdir("/proc/self/fd")), threading.active_count(), signal.getsignal(signal.SIGCHLD))
+assert before == state()
 """
     subprocess.run([*python, "-c", code], check=True)
 

@@ -1,0 +1,236 @@
+"""Children that are killed or held up on their way to exec."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, compile_program
+
+import aiovspawn
+from aiovspawn._launch import ladder
+
+# Each child is killed at another system call; the last ones get through to their program.
+KILLED_EVERYWHERE = """
+import asyncio, os, sys, aiovspawn
+from aiovspawn import PIPE, _core
+program, keywords = sys.argv[1], eval(sys.argv[2])
+async def main():
+    killed, passed = 0, 0
+    fds = None
+    while passed < 3:
+        assert killed < 400
+        try:
+            async with asyncio.timeout(10):
+                process = await aiovspawn.create_subprocess_exec(program, **keywords)
+                await process.communicate(b"" if keywords.get("stdin") else None)
+                await process.wait()
+        except FileNotFoundError:
+            assert program == "/nonexistent"
+            passed += 1
+        else:
+            if process.returncode == -9:
+                killed += 1
+            else:
+                assert process.returncode == 0, process.returncode
+                passed += 1
+        counts = _core.counts()
+        assert counts["in_flight"] == counts["orphans"] == 0, counts
+        fds = fds or len(os.listdir("/proc/self/fd"))
+        assert len(os.listdir("/proc/self/fd")) == fds
+        try:
+            os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            pass
+        else:
+            raise AssertionError("a child is left")
+aiovspawn.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_program(tmp_path_factory.mktemp("killer") / "killer", "-O1", str(HERE / "c" / "killer.c"))
+
+
+@pytest.mark.parametrize("program", ["/bin/true", "/nonexistent"])
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"stdin": -1, "stdout": -1, "stderr": -1, "cwd": "/", "umask": 0, "start_new_session": True}],
+    ids=["plain", "many steps"],
+)
+def test_child_killed_at_each_of_its_system_calls(
+    core_rung: str, killer: Path, python: list[str], program: str, keywords: dict[str, Any]
+) -> None:
+    done = subprocess.run(
+        [killer, *python, "-c", KILLED_EVERYWHERE, program, repr(keywords)],
+        env=os.environ | {"AIOVSPAWN_RUNG": core_rung},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    killed = int(re.findall(r"killed (\d+)", done.stderr)[0])
+    # close_range, two rt_sigaction, rt_sigprocmask, execve; some more with steps and for the error.
+    assert killed >= (5 if not keywords else 10) + (2 if program == "/nonexistent" else 0)
+
+
+# As long as one string of the environment may be: keeps a child some ten milliseconds from its exec.
+LONG_PATH = ":".join(f"/n/{number}" for number in range(13_000)) + ":/bin"
+
+
+def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+
+    async def main() -> None:
+        with script.open("w") as file:
+            script.chmod(0o755)
+            # This child has the file open for writing until it has found its program.
+            older = asyncio.ensure_future(
+                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
+            )
+            await asyncio.sleep(0)
+            file.write("#!/bin/sh\nexit 7\n")
+        assert not older.done()
+        process = await aiovspawn.create_subprocess_exec(script)
+        assert process._transport._retried
+        assert older.done()
+        assert await process.wait() == 7
+        assert await older.result().wait() == 0
+
+    for rung in ("detached-clone3", "detached-clone", "fork"):
+        ladder.force(rung)
+        try:
+            aiovspawn.run(main())
+        finally:
+            ladder.force(None)
+
+
+def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+
+    async def main() -> None:
+        with script.open("w") as file:
+            script.chmod(0o755)
+            older = asyncio.ensure_future(
+                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
+            )
+            await asyncio.sleep(0)
+            file.write("#!/bin/sh\nexit 7\n")
+        younger = asyncio.ensure_future(aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1))
+        hub = aiovspawn._hub.hub_of(asyncio.get_running_loop())  # type: ignore[attr-defined]
+        while len(hub.transports) != 1 or hub.undecided != 1:
+            await asyncio.sleep(0)
+        assert not older.done()
+        younger.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await younger
+        assert not older.done()
+        await (await older).wait()
+
+    aiovspawn.run(main())
+
+
+async def test_program_that_is_really_busy_is_an_error(core_rung: str, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    with script.open("w"):
+        script.chmod(0o755)
+        with pytest.raises(OSError, match="Text file busy"):
+            await aiovspawn.create_subprocess_exec(script)
+
+
+STRACED = """
+import asyncio, sys, aiovspawn
+async def main():
+    for _ in range(3):
+        process = await aiovspawn.create_subprocess_exec("/bin/echo", "hello", stdout=-1)
+        assert await process.communicate() == (b"hello\\n", None)
+    cancelled = asyncio.ensure_future(aiovspawn.create_subprocess_exec("/bin/echo"))
+    await asyncio.sleep(0.05)
+    cancelled.cancel()
+    try:
+        await cancelled
+    except asyncio.CancelledError:
+        pass
+aiovspawn.run(main())
+"""
+
+
+def test_loop_runs_on_while_an_exec_hangs(core_rung: str, python: list[str], tmp_path: Path) -> None:
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    log = tmp_path / "log"
+    strace = ["strace", "-f", "-e", "trace=execve", "-e", "inject=execve:delay_enter=300000", "-o", log]
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung}
+    subprocess.run([*strace, *python, "-c", STRACED], check=True, timeout=60, env=environment)
+    assert log.read_text().count('execve("/bin/echo"') >= 3
+
+
+# ---- many launches -------------------------------------------------------------------------
+
+SOAK = """
+import asyncio, gc, os, random, aiovspawn
+from aiovspawn import _core
+random.seed(5)
+COUNT = 20_000
+async def one(number):
+    kind = number % 10
+    if kind == 0:
+        try:
+            await aiovspawn.create_subprocess_exec("/nonexistent")
+        except FileNotFoundError:
+            return
+        raise AssertionError
+    process = await aiovspawn.create_subprocess_exec("/bin/true", stdout=-1 if kind < 4 else None)
+    await process.communicate()
+    assert process.returncode == 0
+async def cancelled(number):
+    task = asyncio.ensure_future(one(5))
+    try:
+        async with asyncio.timeout(random.random() * 0.004):
+            await task
+    except TimeoutError:
+        pass
+async def main(count):
+    left = iter(range(count))
+    async def worker():
+        for number in left:
+            await (cancelled(number) if number % 10 == 9 else one(number))
+    await asyncio.gather(*(worker() for _ in range(32)))
+    while _core.counts()["in_flight"] or aiovspawn._hub.hub_of(asyncio.get_running_loop()).transports:
+        await asyncio.sleep(0.001)
+def resident():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private_"))
+def state():
+    gc.collect()
+    while _core.reap_orphans(): pass
+    counts = _core.counts()
+    del counts["free_blocks"]
+    return sorted(os.listdir("/proc/self/fd")), counts
+aiovspawn.run(main(2000))
+before, memory = state(), resident()
+aiovspawn.run(main(COUNT))
+assert state() == before, (state(), before)
+growth = resident() - memory
+print("grown by", growth, "KiB")
+# A leak of 32 bytes in each launch would be 625 KiB.
+assert growth < 600, growth
+try:
+    os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    pass
+else:
+    raise AssertionError("a child is left")
+"""
+
+
+@pytest.mark.slow
+def test_twenty_thousand_launches_leave_everything_as_it_was(python: list[str]) -> None:
+    subprocess.run([*python, "-c", SOAK], check=True, timeout=300)
