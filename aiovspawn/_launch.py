@@ -10,6 +10,7 @@ import asyncio
 import errno
 import importlib
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
@@ -27,6 +28,7 @@ class Ladder:
     """Which way launches go in this process, found out at the first of them."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.forced: str | None = None
         self.way: str | None = None
         """"core", "popen" or "delegate"; None before the first launch."""
@@ -37,23 +39,29 @@ class Ladder:
     def choose(self) -> str:
         """Return the way, by looking at the environment and the kernel once."""
         if self.way is None:
-            self.force(os.environ.get(RUNG_VARIABLE) or None)
+            with self._lock:
+                if self.way is None:
+                    self._force(os.environ.get(RUNG_VARIABLE) or None)
         return cast(str, self.way)
 
     def force(self, rung: str | None) -> None:
         """Use one rung only, or None for the best that works."""
+        with self._lock:
+            self._force(rung)
+
+    def _force(self, rung: str | None) -> None:
         if rung is not None and rung not in RUNGS:
             raise ValueError(f"{RUNG_VARIABLE} must be one of {', '.join(RUNGS)}, not {rung!r}")
         core = _load_core()
         if core is not None:
             core.force_rung(rung if rung in CORE_RUNGS else None)
-        self.forced = rung
-        self.way, self.reason = self._look(core)
-        if self.way != "delegate":
             from ._transport import start_subprocess
 
             self.start = start_subprocess
-        else:
+        self.forced = rung
+        way, self.reason = self._look(core)
+        self.way = way  # last: another thread goes ahead as soon as it is set
+        if self.way == "delegate":
             logger.debug("launches are delegated to the event loop: %s", self.reason)
 
     def _look(self, core: Any) -> tuple[str, str]:

@@ -418,7 +418,7 @@ async def test_many_small_writes_are_written_together() -> None:
     for _ in range(20_000):
         process.stdin.write(b"0123456")
     pipe = process._transport.get_pipe_transport(0)
-    assert len(pipe._buffer) == 1
+    assert len(pipe._buffer) <= 1
     process.stdin.write(b"\n" + b"x" * 100_000)
     process.stdin.write(b"y" * 10)
     output, _ = await process.communicate(b"")
