@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import select
 import shutil
+import signal
 import subprocess
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from conftest import HERE, compile_program
 
 import aiovspawn
+from aiovspawn import _core
 from aiovspawn._launch import ladder
 
 # Each child is killed at another system call; the last ones get through to their program.
@@ -234,3 +238,77 @@ else:
 @pytest.mark.slow
 def test_twenty_thousand_launches_leave_everything_as_it_was(python: list[str]) -> None:
     subprocess.run([*python, "-c", SOAK], check=True, timeout=300)
+
+
+UNWATCHABLE = """
+import asyncio, errno, os, aiovspawn
+from aiovspawn import _core
+async def main():
+    await (await aiovspawn.create_subprocess_exec("true")).wait()
+    rung, fds = _core.rung(), len(os.listdir("/proc/self/fd"))
+    for error in (errno.ENOSPC, errno.ENOMEM, errno.EPERM):
+        os.environ["REFUSE_PIDFD"] = str(error)
+        for _ in range(5):
+            try:
+                await aiovspawn.create_subprocess_exec("/bin/echo", "never", stdin=-1, stdout=-1)
+            except OSError as exc:
+                assert exc.errno == error
+            else:
+                raise AssertionError
+        del os.environ["REFUSE_PIDFD"]
+        while _core.reap_orphans():
+            await asyncio.sleep(0.001)
+        counts = _core.counts()
+        assert counts["in_flight"] == counts["orphans"] == 0, counts
+        assert _core.rung() == rung
+        assert len(os.listdir("/proc/self/fd")) == fds
+    async def echo(i):
+        process = await aiovspawn.create_subprocess_exec("/bin/echo", str(i), stdout=-1)
+        assert (await process.communicate())[0] == b"%d\\n" % i
+    await asyncio.gather(*(echo(i) for i in range(50)))
+aiovspawn.run(main())
+"""
+
+
+def test_child_that_cannot_be_watched_is_killed_and_reaped(
+    core_rung: str, python: list[str], tmp_path: Path
+) -> None:
+    library = compile_program(
+        tmp_path / "refuse.so", "-shared", "-fPIC", str(HERE / "c" / "refuse_pidfd.c"), "-ldl"
+    )
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung, "LD_PRELOAD": str(library)}
+    subprocess.run([*python, "-c", UNWATCHABLE], check=True, env=environment)
+
+
+# Attaches, says so, and looks at its tracee's death only when told to. ptrace(2): PTRACE_SEIZE.
+TRACER = """
+import ctypes, os, sys
+pid = int(sys.argv[1])
+assert ctypes.CDLL(None).ptrace(0x4206, pid, None, None) == 0
+print("attached", flush=True)
+sys.stdin.readline()
+os.waitpid(pid, 0x40000000)
+"""
+
+
+def test_zombie_held_by_a_tracer_does_not_spin_the_loop(python: list[str]) -> None:
+    hub = _core.Hub()
+    events: deque[Any] = deque()
+    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1)
+    command = [*python, "-c", TRACER, str(child.pid)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
+        assert tracer.stdin is not None
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == b"attached\n"
+        child.send_signal(signal.SIGKILL)
+        assert select.select([child.pidfd], [], [], 10)[0]
+        for _ in range(3):
+            hub.drain(events)
+        assert not any(kind == 5 for _, kind, _ in events)
+        assert not select.select([hub.fileno()], [], [], 0)[0]
+        tracer.communicate(b"\n")
+    while not any(kind == 5 for _, kind, _ in events):
+        assert select.select([hub.fileno()], [], [], 10)[0]
+        hub.drain(events)
+    assert events[-1] == (child.id, 5, -signal.SIGKILL)
+    hub.close()
