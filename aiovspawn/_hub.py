@@ -17,6 +17,7 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _core
@@ -73,18 +74,17 @@ class LoopHub:
         self._sweeping = False
         if self.undecided > 0 and not self._closed:
             self._sweep_later()
-            self.core.sweep(self._events)
-            self._dispatch()
+            self._dispatch(self.core.sweep)
 
     def _drain(self) -> None:
         if not self._closed:
-            # Into the queue in C: a KeyboardInterrupt could come between two calls here.
-            self.core.drain(self._events)
-            self._dispatch()
+            self._dispatch(self.core.drain)
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:
         events, transports = self._events, self.transports
         try:
+            if fill is not None:
+                fill(events)  # in C: an event that was not returned yet cannot be lost
             while events:
                 key, kind, value = events.popleft()
                 transport = transports.get(key)

@@ -60,6 +60,10 @@ class _Pipe:
     def is_closing(self) -> bool:
         return self._closing
 
+    def is_watched(self) -> bool:
+        """Whether the hub may bring events of this pipe."""
+        return not self.disconnected
+
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         raise NotImplementedError("a process's pipes have no protocol of their own")
 
@@ -102,6 +106,9 @@ class ReadPipe(_Pipe, asyncio.ReadTransport):
         self._close_fd()
         self._disconnect(OSError(value, errno.errorcode.get(value, "")) if isinstance(value, int) else None)
 
+    def is_watched(self) -> bool:
+        return not self.disconnected and not self._paused
+
     def is_reading(self) -> bool:
         return not self._paused and not self._closing
 
@@ -109,11 +116,13 @@ class ReadPipe(_Pipe, asyncio.ReadTransport):
         if self.is_reading():
             self._paused = True
             self._launch.watch(self.fd, False)
+            self.process.keep_while_watched()
 
     def resume_reading(self) -> None:
         if self._paused and not self._closing:
             self._paused = False
             self._launch.watch(self.fd, True)
+            self.process.keep_while_watched()
 
     def close(self) -> None:
         if not self._closing:

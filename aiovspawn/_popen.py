@@ -14,6 +14,9 @@ from typing import Any
 from . import _core
 from ._request import INHERIT, Request
 
+LONGEST_POLL = 1.0
+"""Seconds: the loop's thread may close the pidfd while another waits on it."""
+
 
 class PidfdPopen:
     """What a transport gives for get_extra_info("subprocess").
@@ -55,10 +58,17 @@ class PidfdPopen:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            poller = select.poll()
-            poller.register(self._launch.pidfd, select.POLLIN)
-            poller.poll(None if left == math.inf else math.ceil(left * 1000))
+            self._wait_readable(min(left, LONGEST_POLL))
         return returncode
+
+    def _wait_readable(self, timeout: float) -> None:
+        pidfd = self._launch.pidfd
+        if pidfd < 0:  # the loop's thread has just reaped the child
+            return
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        if poller.poll(math.ceil(timeout * 1000)) and self._launch.poll() is None:
+            time.sleep(0.001)  # dead, but held by a tracer
 
     def send_signal(self, sig: int) -> None:
         """Send a signal through the pidfd; does nothing if the child has exited."""

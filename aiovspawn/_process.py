@@ -55,7 +55,7 @@ class Process(asyncio.subprocess.Process):
 
     async def communicate(self, input: bytes | bytearray | memoryview | None = None) -> tuple[Any, Any]:
         """Send input, read all output, wait for the exit; as asyncio's, returns (stdout, stderr)."""
-        if self.stdin is None and (self.stdout is None or self.stderr is None):
+        if input is None and self.stdin is None and (self.stdout is None or self.stderr is None):
             # Nothing happens at the same time: spares the three tasks of asyncio's.
             stdout = await self._read_to_end(1, self.stdout)
             stderr = await self._read_to_end(2, self.stderr)

@@ -42,6 +42,9 @@ KILL_TIMEOUT = 1.0
 FIRST_RETRY = 0.001
 """Seconds until a launch that met ETXTBSY looks again at the older ones."""
 
+LAST_RETRY = 5.0
+"""Seconds after which it no longer waits for them: their loop may have stopped."""
+
 
 class State(Enum):
     LAUNCHING = "launching"
@@ -158,12 +161,14 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._held_back.clear()
         if not self.verdict.done():
             self.verdict.set_result(None)
+        self._try_finish()  # by Popen, the child may have exited already
 
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
         del self._hub.transports[self._launch.id]
         if self._state is State.LAUNCHING and self._may_retry(step, error):
             self._launch.close()
+            self._held_back.clear()  # what the first child's pipes said
             self._retry_when_older_have_execed(FIRST_RETRY)
             return
         self._give_up()
@@ -189,9 +194,11 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         )
 
     def _retry_when_older_have_execed(self, delay: float) -> None:
-        if _core.in_flight_before(self._launch.id):
+        """Launch again, when the older launches have exec'd; delay: seconds waited so far."""
+        if delay < LAST_RETRY and _core.in_flight_before(self._launch.id):
+            # Each wait is half as long as all before it together.
             self._retry_timer = self.loop.call_later(
-                delay, self._retry_when_older_have_execed, min(2 * delay, 0.05), context=self.context
+                delay / 2, self._retry_when_older_have_execed, delay * 1.5, context=self.context
             )
             return
         self._retry_timer = None
@@ -229,7 +236,21 @@ class SubprocessTransport(asyncio.SubprocessTransport):
             assert self._protocol is not None
             self._deliver(self._protocol.process_exited)
             self._try_finish()
+            self.keep_while_watched()
         self._wake_waiters()
+
+    def keep_while_watched(self) -> None:
+        """Let the hub hold this transport as long as it can bring events, and no longer.
+
+        Of an exited process whose pipes are all paused nothing is heard: then only
+        its user holds it, as with asyncio's.
+        """
+        if self._state is State.LAUNCHING or self._returncode is None:
+            return
+        if any(pipe.is_watched() for pipe in self._pipes.values()):
+            self._hub.add(self._launch, self)
+        elif self._state is State.RUNNING:
+            self._hub.transports.pop(self._launch.id, None)
 
     def _wake_waiters(self) -> None:
         assert self._returncode is not None
@@ -373,7 +394,12 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def forget(self) -> None:
         """Close without the loop, which may be closed: the protocol hears nothing."""
         self._closed = True
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
+        elif self._state is State.LAUNCHING and self._request.popen is None:
+            self._hub.undecided -= 1
         self._state = State.ABANDONED
+        self._hub.transports.pop(self._launch.id, None)
         if self._returncode is None and self._launch.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 self._launch.send_signal(signal.SIGKILL)

@@ -330,6 +330,11 @@ static bool recover_status(struct launch *launch)
 {
     struct pidfd_exit_info info = {.mask = PIDFD_INFO_EXIT_BIT};
     int result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
+    if (result < 0 && errno == ESRCH) {
+        /* The kernel looks for the exit code before it looks for the process: both may just have changed. */
+        info.mask = PIDFD_INFO_EXIT_BIT;
+        result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
+    }
     if (result == 0 && !(info.mask & PIDFD_INFO_EXIT_BIT))
         return false;
     launch->status_lost = result < 0;
@@ -384,6 +389,7 @@ bool launch_reap_locked(struct launch *launch)
         return false;
     }
     launch->exited = true;
+    launch->has_usage = result == 0;
     launch->reaped = result == 0 || result == -ECHILD;
     (void)launch_left_memory_locked(launch);
     return true;
@@ -394,8 +400,10 @@ static void bury_locked(struct launch *launch)
 {
     close_all_locked(launch);
     set_in_flight_locked(launch, false);
-    if (launch->block && launch_is_foreign(launch->generation))
+    if (launch->block && launch_is_foreign(launch->generation)) {
         block_free_locked(launch->block); /* our own copy of it */
+        launch->block = NULL;
+    }
     if (!launch->owned)
         free_launch_locked(launch);
 }
@@ -608,7 +616,7 @@ bool launch_poll(struct launch *launch, int *ret_returncode)
 bool launch_usage(struct launch *launch, struct rusage *ret_usage)
 {
     launch_lock();
-    bool known = launch->exited && !launch->status_lost;
+    bool known = launch->has_usage;
     if (known)
         *ret_usage = launch->usage;
     launch_unlock();

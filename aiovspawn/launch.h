@@ -55,7 +55,8 @@ struct launch {
     bool contended; /* another launch had not exec'd when this one was cloned */
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
-    bool exited;      /* returncode and usage are set */
+    bool exited;      /* returncode is set */
+    bool has_usage;   /* usage is set: nobody else has reaped the child */
     bool reaped;      /* the child is dead for certain, and has left our memory */
     bool held;        /* dead, but a tracer has not let go of it: see hub.c */
     bool status_lost; /* exit status taken by another wait(), and the kernel cannot tell */

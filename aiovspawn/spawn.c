@@ -580,6 +580,8 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
     result = clone_child(child, stack, stack_size, rung, ret_pidfd);
     (void)sys_sigmask(SIG_SETMASK, &mask, NULL);
     if (result < 0) {
+        /* The kernel writes the number before all that can fail, and takes the fd back. */
+        *ret_pidfd = -1;
         __atomic_store_n(&child->in_memory, 0, __ATOMIC_RELEASE);
         return (int)result;
     }

@@ -168,6 +168,13 @@ def sweep(hub: _core.Hub) -> None:
     assert child.poll() == 0
 
 
+def send_signal(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/sleep", "9")
+    child.send_signal(signal.SIGKILL)
+    wait(hub)
+    assert child.poll() == -signal.SIGKILL
+
+
 def write(hub: _core.Hub) -> None:
     child = launch(hub, b"/bin/cat", stdio=(PIPE, PIPE, INHERIT))
     assert child.write(b"x" * 1000) == 1000
@@ -187,7 +194,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.close": lambda hub: _core.Hub().close(),
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),
     "Launch.poll": lambda hub: finished(hub, b"/bin/true").poll(),
-    "Launch.send_signal": lambda hub: launch(hub, b"/bin/sleep", "9").send_signal(signal.SIGKILL),
+    "Launch.send_signal": send_signal,
     "Launch.write": write,
     "Launch.watch": write,
     "Launch.close_pipe": write,

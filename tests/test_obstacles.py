@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import select
@@ -100,12 +101,13 @@ def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path: Path
                 aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
             )
             await asyncio.sleep(0)
-            file.write("#!/bin/sh\nexit 7\n")
+            file.write("#!/bin/sh\nread line; echo $line; exit 7\n")
         assert not older.done()
-        process = await aiovspawn.create_subprocess_exec(script)
+        process = await aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1, stderr=-1)
         assert process._transport._retried
         assert older.done()
-        assert await process.wait() == 7
+        assert await process.communicate(b"line\n") == (b"line\n", b"")
+        assert process.returncode == 7
         assert await older.result().wait() == 0
 
     for rung in ("detached-clone3", "detached-clone", "fork"):
@@ -126,7 +128,7 @@ def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
                 aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
             )
             await asyncio.sleep(0)
-            file.write("#!/bin/sh\nexit 7\n")
+            file.write("#!/bin/sh\nread line; echo $line; exit 7\n")
         younger = asyncio.ensure_future(aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1))
         hub = aiovspawn._hub.hub_of(asyncio.get_running_loop())  # type: ignore[attr-defined]
         while len(hub.transports) != 1 or hub.undecided != 1:
@@ -137,6 +139,32 @@ def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
             await younger
         assert not older.done()
         await (await older).wait()
+
+    aiovspawn.run(main())
+
+
+def test_launch_that_waits_for_an_older_one_is_closed_for_good(tmp_path: Path) -> None:
+    script, mark = tmp_path / "script", tmp_path / "mark"
+
+    async def main() -> None:
+        with script.open("w") as file:
+            script.chmod(0o755)
+            older = asyncio.ensure_future(
+                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
+            )
+            await asyncio.sleep(0)
+            file.write(f"#!/bin/sh\ntouch {mark}\n")
+        hub = aiovspawn._hub.hub_of(asyncio.get_running_loop())  # type: ignore[attr-defined]
+        younger = aiovspawn.create_subprocess_exec(script)
+        younger.send(None)
+        while len(hub.transports) != 1 or hub.undecided != 1:
+            await asyncio.sleep(0)
+        with contextlib.suppress(RuntimeError):
+            younger.close()
+        await (await older).wait()
+        assert hub.undecided == 0
+        await asyncio.sleep(0.05)
+        assert not mark.exists()
 
     aiovspawn.run(main())
 

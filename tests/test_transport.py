@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 import warnings
+import weakref
 from asyncio.subprocess import DEVNULL, PIPE
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ async def test_stolen_exit_status_is_recovered_from_the_pidfd(rung: str) -> None
         assert await process.wait() == 42
     else:
         assert await process.wait() == 255
+    assert process.rusage is None
 
 
 async def test_ignored_sigchld_does_not_hang(core_rung: str) -> None:
@@ -236,6 +238,9 @@ async def test_child_that_closes_stdin_early(rung: str) -> None:
     process = await sh("exec <&-; echo ready; read line <&1; exit 0", stdin=PIPE, stdout=PIPE)
     output, _ = await process.communicate(b"x" * 10_000_000)
     assert output == b"ready\n"
+    assert process.stdin is not None
+    with pytest.raises(BrokenPipeError):  # early 3.11s complain of an error nobody has asked for
+        await process.stdin.wait_closed()
 
 
 async def test_write_after_the_child_has_gone(rung: str) -> None:
@@ -274,6 +279,37 @@ async def test_paused_pipe_of_a_dead_child_does_not_spin() -> None:
     pipe.resume_reading()
     await protocol.lost
     assert ("pipe_lost", 1, type(None)) in protocol.calls
+    transport.close()
+
+
+async def test_paused_pipe_of_a_dead_child_is_held_by_its_user_alone() -> None:
+    process = await sh("head -c 60000 /dev/zero", stdout=PIPE, limit=100)
+    await process.wait()
+    hub = hub_of(asyncio.get_running_loop())
+    for _ in range(100):
+        await asyncio.sleep(0)
+        if not hub.transports:
+            break
+    assert not hub.transports
+    assert process.stdout is not None
+    assert len(await process.stdout.read()) == 60000
+    transport = weakref.ref(process._transport)
+    process = await sh("head -c 60000 /dev/zero; sleep 0.01; echo x", stdout=PIPE, limit=100)
+    transport = weakref.ref(process._transport)
+    await process.wait()
+    with pytest.warns(ResourceWarning, match="unclosed transport"):
+        del process
+        gc.collect()
+    assert transport() is None
+
+
+async def test_popen_rung_with_an_early_exit_finishes() -> None:
+    loop = asyncio.get_running_loop()
+    loop.call_soon(time.sleep, 0.02)
+    transport, protocol = await record(
+        "true", preexec_fn=os.getpid, stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL
+    )
+    await protocol.lost
     transport.close()
 
 

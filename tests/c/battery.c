@@ -492,6 +492,52 @@ static void child_needs_little_stack(void)
     CHECK(SIZE - untouched <= ALLOWED);
 }
 
+static void launch_closed_before_a_fork_is_buried_once(void)
+{
+    struct hub *hub = new_hub();
+    struct launch *launch = start(hub, sleep_argv);
+    launch_close(launch);
+    pid_t pid = fork();
+    if (pid == 0) {
+        size_t before = launch_count().free_blocks;
+        launch_free(launch);
+        CHECK(launch_count().free_blocks == before);
+        struct block *first = block_new(16), *second = block_new(16);
+        CHECK(first && second && first != second);
+        _exit(0);
+    }
+    int wait_status;
+    CHECK(waitpid(pid, &wait_status, 0) == pid && wait_status == 0);
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    launch_free(launch);
+    while (launch_reap_orphans() > 0)
+        usleep(1000);
+    hub_free(hub);
+}
+
+static void failed_clone_leaves_no_number_of_a_pidfd(void)
+{
+    struct rlimit limit, none;
+    CHECK(getrlimit(RLIMIT_NPROC, &limit) == 0);
+    if (geteuid() == 0)
+        CHECK(setgid(54322) == 0 && setuid(54322) == 0);
+    none = (struct rlimit){0, limit.rlim_max};
+    CHECK(setrlimit(RLIMIT_NPROC, &none) == 0);
+    static char stack[64 * 1024] __attribute__((aligned(16)));
+    struct spawn_step steps[64];
+    struct spawn_request request = {.stdio = {SPAWN_INHERIT, SPAWN_INHERIT, SPAWN_INHERIT}};
+    struct spawn_ends ends;
+    enum spawn_op op;
+    CHECK(spawn_open_ends(&request, &ends, &op) == 0);
+    struct spawn_child child = {.steps = steps};
+    spawn_prepare(&request, &ends, rung, &child);
+    int pidfd = 12345;
+    CHECK(spawn_clone(&child, stack, sizeof stack, rung, &pidfd) == -EAGAIN);
+    CHECK(pidfd == -1);
+    CHECK(child.in_memory == 0);
+    _exit(0); /* the leak sanitizer needs a thread and the right to trace itself */
+}
+
 #define TEST(name) {#name, name}
 static const struct {
     const char *name;
@@ -510,6 +556,8 @@ static const struct {
     TEST(hub_is_drained_by_one_at_a_time),
     TEST(launch_outlives_its_hub),
     TEST(launch_on_a_closed_hub_is_refused),
+    TEST(launch_closed_before_a_fork_is_buried_once),
+    TEST(failed_clone_leaves_no_number_of_a_pidfd),
     TEST(forked_child_holds_nothing_in_flight),
     TEST(stolen_exit_status_is_recovered_or_said_to_be_lost),
     TEST(many_launches_end_well),
