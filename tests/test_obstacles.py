@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from collections import deque
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import HERE, compile_program
 
 import aiovspawn
 from aiovspawn import _core
+from aiovspawn._hub import hub_of
 from aiovspawn._launch import ladder
 
 # Each child is killed at another system call; the last ones get through to their program.
@@ -90,83 +92,66 @@ def test_child_killed_at_each_of_its_system_calls(
 LONG_PATH = ":".join(f"/n/{number}" for number in range(13_000)) + ":/bin"
 
 
-def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def older_launch(script: Path, text: str) -> AsyncIterator[asyncio.Task[aiovspawn.Process]]:
+    """Write a program while an older launch is before its exec, with the file still open for writing."""
+    with script.open("w") as file:
+        script.chmod(0o755)
+        older = asyncio.ensure_future(
+            aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
+        )
+        await asyncio.sleep(0)
+        file.write(text)
+    yield older
+    assert await (await older).wait() == 0
+
+
+async def until_it_waits_for_the_older() -> None:
+    """Run the loop until a second launch has failed and is to be retried."""
+    hub = hub_of(asyncio.get_running_loop())
+    while len(hub.transports) != 1 or hub.undecided != 1:
+        await asyncio.sleep(0)
+
+
+# Not on vfork: there the older launch has exec'd when the loop goes on.
+@pytest.mark.parametrize("rung", ["detached-clone3", "detached-clone", "fork"])
+async def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path: Path, rung: str) -> None:
     script = tmp_path / "script"
-
-    async def main() -> None:
-        with script.open("w") as file:
-            script.chmod(0o755)
-            # This child has the file open for writing until it has found its program.
-            older = asyncio.ensure_future(
-                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
-            )
-            await asyncio.sleep(0)
-            file.write("#!/bin/sh\nread line; echo $line; exit 7\n")
-        assert not older.done()
-        process = await aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1, stderr=-1)
-        assert process._transport._retried
-        assert older.done()
-        assert await process.communicate(b"line\n") == (b"line\n", b"")
-        assert process.returncode == 7
-        assert await older.result().wait() == 0
-
-    for rung in ("detached-clone3", "detached-clone", "fork"):
-        ladder.force(rung)
-        try:
-            aiovspawn.run(main())
-        finally:
-            ladder.force(None)
+    ladder.force(rung)
+    try:
+        async with older_launch(script, "#!/bin/sh\nread line; echo $line; exit 7\n") as older:
+            assert not older.done()
+            process = await aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1, stderr=-1)
+            assert process._transport._retried
+            assert older.done()
+            assert await process.communicate(b"line\n") == (b"line\n", b"")
+            assert process.returncode == 7
+    finally:
+        ladder.force(None)
 
 
-def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
+async def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
     script = tmp_path / "script"
-
-    async def main() -> None:
-        with script.open("w") as file:
-            script.chmod(0o755)
-            older = asyncio.ensure_future(
-                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
-            )
-            await asyncio.sleep(0)
-            file.write("#!/bin/sh\nread line; echo $line; exit 7\n")
+    async with older_launch(script, "#!/bin/sh\n") as older:
         younger = asyncio.ensure_future(aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1))
-        hub = aiovspawn._hub.hub_of(asyncio.get_running_loop())  # type: ignore[attr-defined]
-        while len(hub.transports) != 1 or hub.undecided != 1:
-            await asyncio.sleep(0)
+        await until_it_waits_for_the_older()
         assert not older.done()
         younger.cancel()
         with pytest.raises(asyncio.CancelledError):
             await younger
         assert not older.done()
-        await (await older).wait()
-
-    aiovspawn.run(main())
 
 
-def test_launch_that_waits_for_an_older_one_is_closed_for_good(tmp_path: Path) -> None:
+async def test_launch_that_waits_for_an_older_one_is_closed_for_good(tmp_path: Path) -> None:
     script, mark = tmp_path / "script", tmp_path / "mark"
-
-    async def main() -> None:
-        with script.open("w") as file:
-            script.chmod(0o755)
-            older = asyncio.ensure_future(
-                aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
-            )
-            await asyncio.sleep(0)
-            file.write(f"#!/bin/sh\ntouch {mark}\n")
-        hub = aiovspawn._hub.hub_of(asyncio.get_running_loop())  # type: ignore[attr-defined]
+    async with older_launch(script, f"#!/bin/sh\ntouch {mark}\n"):
         younger = aiovspawn.create_subprocess_exec(script)
         younger.send(None)
-        while len(hub.transports) != 1 or hub.undecided != 1:
-            await asyncio.sleep(0)
-        with contextlib.suppress(RuntimeError):
-            younger.close()
-        await (await older).wait()
-        assert hub.undecided == 0
-        await asyncio.sleep(0.05)
-        assert not mark.exists()
-
-    aiovspawn.run(main())
+        await until_it_waits_for_the_older()
+        younger.close()
+    assert hub_of(asyncio.get_running_loop()).undecided == 0
+    await asyncio.sleep(0.05)
+    assert not mark.exists()
 
 
 async def test_program_that_is_really_busy_is_an_error(core_rung: str, tmp_path: Path) -> None:
