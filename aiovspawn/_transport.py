@@ -39,11 +39,15 @@ P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 KILL_TIMEOUT = 1.0
 """Seconds that a cancelled launch waits for its killed child."""
 
-FIRST_RETRY = 0.001
-"""Seconds until a launch that met ETXTBSY looks again at the older ones."""
+RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
+"""Seconds before each new try of a launch that met ETXTBSY, a quarter of a second in all.
 
-LAST_RETRY = 5.0
-"""Seconds after which it no longer waits for them: their loop may have stopped."""
+The kernel gives an exec'd child's copy of the file back only when the child
+returns to user mode, which is after all signs of its exec.
+"""
+
+OLDER_TIMEOUT = 5.0
+"""Seconds after which a retry no longer waits for older launches: their loop may have stopped."""
 
 
 class State(Enum):
@@ -74,7 +78,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._returncode: int | None = None
         self._exit_waiters: list[asyncio.Future[int]] = []
         self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
-        self._retried = False
+        self._retries = 0
+        self._first_id = 0
+        self._contended = False
         self._retry_timer: asyncio.TimerHandle | None = None
         self._hub = hub_of(loop)
         self.verdict: asyncio.Future[None] = loop.create_future()
@@ -167,9 +173,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         """The child could not exec; it has been reaped."""
         del self._hub.transports[self._launch.id]
         if self._state is State.LAUNCHING and self._may_retry(step, error):
-            self._launch.close()
-            self._held_back.clear()  # what the first child's pipes said
-            self._retry_when_older_have_execed(FIRST_RETRY)
+            self._retry_later()
             return
         self._give_up()
         if not self.verdict.done():
@@ -186,23 +190,28 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def _may_retry(self, step: int, error: int) -> bool:
         """Whether an older launch may have held the program's file open for writing."""
-        return (
-            step == _core.STEP_EXEC
-            and error == errno.ETXTBSY
-            and self._launch.contended
-            and not self._retried
-        )
+        if self._retries == 0:
+            self._first_id = self._launch.id
+            self._contended = self._launch.contended
+        busy = step == _core.STEP_EXEC and error == errno.ETXTBSY
+        return busy and self._contended and self._retries < len(RETRY_DELAYS)
 
-    def _retry_when_older_have_execed(self, delay: float) -> None:
-        """Launch again, when the older launches have exec'd; delay: seconds waited so far."""
-        if delay < LAST_RETRY and _core.in_flight_before(self._launch.id):
-            # Each wait is half as long as all before it together.
-            self._retry_timer = self.loop.call_later(
-                delay / 2, self._retry_when_older_have_execed, delay * 1.5, context=self.context
-            )
+    def _retry_later(self) -> None:
+        self._launch.close()
+        self._held_back.clear()  # what the failed child's pipes said
+        self._call_retry(RETRY_DELAYS[self._retries], 0)
+        self._retries += 1
+
+    def _call_retry(self, delay: float, waited: float) -> None:
+        self._retry_timer = self.loop.call_later(delay, self._retry, waited, context=self.context)
+
+    def _retry(self, waited: float) -> None:
+        """Launch again when the older launches have exec'd; waited: seconds spent on that."""
+        if waited < OLDER_TIMEOUT and _core.in_flight_before(self._first_id):
+            delay = max(RETRY_DELAYS[0], waited / 2)
+            self._call_retry(delay, waited + delay)
             return
         self._retry_timer = None
-        self._retried = True
         try:
             self._start()
         except Exception as exc:

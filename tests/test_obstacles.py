@@ -122,7 +122,7 @@ async def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path
         async with older_launch(script, "#!/bin/sh\nread line; echo $line; exit 7\n") as older:
             assert not older.done()
             process = await aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1, stderr=-1)
-            assert process._transport._retried
+            assert process._transport._retries > 0
             assert older.done()
             assert await process.communicate(b"line\n") == (b"line\n", b"")
             assert process.returncode == 7
