@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import os
@@ -239,7 +240,8 @@ async def test_child_that_closes_stdin_early(rung: str) -> None:
     output, _ = await process.communicate(b"x" * 10_000_000)
     assert output == b"ready\n"
     assert process.stdin is not None
-    with pytest.raises(BrokenPipeError):  # early 3.11s complain of an error nobody has asked for
+    # Early 3.11s complain of a broken pipe nobody has asked for. A child that is quicker leaves none.
+    with contextlib.suppress(BrokenPipeError):
         await process.stdin.wait_closed()
 
 
