@@ -387,6 +387,10 @@ static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
     long sig = PyLong_AsLong(argument);
     if (sig == -1 && PyErr_Occurred())
         return NULL;
+    if (sig != (int)sig) {
+        PyErr_SetString(PyExc_OverflowError, "Python int too large to convert to C int");
+        return NULL;
+    }
     int result = launch_signal(self->launch, (int)sig);
     if (result < 0)
         return raise_errno(result);
@@ -405,7 +409,7 @@ static PyObject *Launch_write(LaunchObject *self, PyObject *argument)
     return written < 0 ? raise_errno((int)written) : PyLong_FromSsize_t(written);
 }
 
-static int parse_pipe(int fd)
+static int parse_pipe(long fd)
 {
     if (fd >= LAUNCH_STDIN && fd <= LAUNCH_STDERR)
         return 0;
@@ -427,7 +431,7 @@ static PyObject *Launch_watch(LaunchObject *self, PyObject *args)
 static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
 {
     long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
         return NULL;
     launch_close_pipe(self->launch, (enum launch_slot)fd);
     Py_RETURN_NONE;
@@ -436,7 +440,7 @@ static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
 static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
 {
     long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe((int)fd) < 0)
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
         return NULL;
     return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
 }

@@ -113,7 +113,12 @@ def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
 
 def test_pipes_are_0_1_and_2_only(hub: _core.Hub) -> None:
     child = finished(hub, b"/bin/true")
-    for call in (lambda: child.watch(3, True), lambda: child.close_pipe(-1), lambda: child.pipe(3)):
+    for call in (
+        lambda: child.watch(3, True),
+        lambda: child.close_pipe(-1),
+        lambda: child.pipe(3),
+        lambda: child.pipe(2**32),
+    ):
         with pytest.raises(ValueError, match="fd must be 0, 1 or 2"):
             call()
 

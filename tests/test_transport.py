@@ -218,6 +218,8 @@ async def test_bad_signal_is_an_error() -> None:
     process = await launch("cat", stdin=PIPE)
     with pytest.raises(OSError, match="Invalid argument"):
         process.send_signal(1000)
+    with pytest.raises(OverflowError):
+        process.send_signal(2**32 + signal.SIGKILL)
     await process.communicate(b"")
 
 
