@@ -152,6 +152,18 @@ def popen_without_posix_spawn(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- programs --------------------------------------------------------------------
 
 
+EXPECT_NO_CHILD = """
+import os
+def expect_no_child():
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return
+    raise AssertionError("a child is left")
+"""
+"""For the code that a test runs in a fresh interpreter."""
+
+
 def compile_program(target: Path, *arguments: str, compiler: str = "cc") -> Path:
     subprocess.run(
         [compiler, "-std=gnu11", "-Wall", "-Wextra", "-Werror", *arguments, "-o", target], check=True

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import EXPECT_NO_CHILD
 
 import aiovspawn
 from aiovspawn import _core
@@ -234,7 +235,9 @@ aiovspawn.run(main())
 
 # ---- limits ------------------------------------------------------------------------------
 
-EMFILE_SWEEP = """
+EMFILE_SWEEP = (
+    EXPECT_NO_CHILD
+    + """
 import asyncio, os, resource, sys, aiovspawn
 import aiovspawn._transport
 from aiovspawn import PIPE, _core
@@ -266,14 +269,10 @@ async def main():
             assert counts["in_flight"] == counts["orphans"] == 0, counts
             assert sorted(os.listdir("/proc/self/fd")) == before
     assert failed > 4 and launched > 10, (failed, launched)
-    try:
-        os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        pass
-    else:
-        raise AssertionError("a child is left")
+    expect_no_child()
 aiovspawn.run(main())
 """
+)
 
 
 def test_running_out_of_file_descriptors_anywhere_is_a_clean_error(rung: str, python: list[str]) -> None:

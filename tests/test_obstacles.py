@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, compile_program
+from conftest import EXPECT_NO_CHILD, HERE, compile_program
 
 import aiovspawn
 from aiovspawn import _core
@@ -24,7 +24,9 @@ from aiovspawn._hub import hub_of
 from aiovspawn._launch import ladder
 
 # Each child is killed at another system call; the last ones get through to their program.
-KILLED_EVERYWHERE = """
+KILLED_EVERYWHERE = (
+    EXPECT_NO_CHILD
+    + """
 import asyncio, os, sys, aiovspawn
 from aiovspawn import PIPE, _core
 program, keywords = sys.argv[1], eval(sys.argv[2])
@@ -51,14 +53,10 @@ async def main():
         assert counts["in_flight"] == counts["orphans"] == 0, counts
         fds = fds or len(os.listdir("/proc/self/fd"))
         assert len(os.listdir("/proc/self/fd")) == fds
-        try:
-            os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            pass
-        else:
-            raise AssertionError("a child is left")
+        expect_no_child()
 aiovspawn.run(main())
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +189,9 @@ def test_loop_runs_on_while_an_exec_hangs(core_rung: str, python: list[str], tmp
 
 # ---- many launches -------------------------------------------------------------------------
 
-SOAK = """
+SOAK = (
+    EXPECT_NO_CHILD
+    + """
 import asyncio, gc, os, random, aiovspawn
 from aiovspawn import _core
 random.seed(5)
@@ -239,13 +239,9 @@ growth = resident() - memory
 print("grown by", growth, "KiB")
 # A leak of 32 bytes in each launch would be 625 KiB.
 assert growth < 600, growth
-try:
-    os.waitpid(-1, os.WNOHANG)
-except ChildProcessError:
-    pass
-else:
-    raise AssertionError("a child is left")
+expect_no_child()
 """
+)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 /* The C core on its own: each test is one behaviour of spawn.c, launch.c or hub.c.
  *
  *   battery --list        the names of the tests
- *   battery NAME          runs one: exit status 0 passed, 1 failed, 77 not possible here
+ *   battery NAME          runs one: exit status 0 passed, 1 failed
  *   battery NAME RUNG     on one rung, by number
  */
 #define _GNU_SOURCE
