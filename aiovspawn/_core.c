@@ -275,6 +275,12 @@ static const char *const rung_names[SPAWN_RUNGS] = {
     [SPAWN_FORK] = "fork",
 };
 
+/* SPAWN_RUNGS stands for a child that subprocess.Popen made. */
+static const char *rung_name(int rung)
+{
+    return rung == SPAWN_RUNGS ? "popen" : rung_names[rung];
+}
+
 /* What the process has found out: the first rung that was not refused, and
  * whether the user has forced one. */
 static atomic_int rung_in_use;
@@ -488,7 +494,7 @@ static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(clos
 
 static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
 {
-    return PyUnicode_FromString(self->rung == SPAWN_RUNGS ? "popen" : rung_names[self->rung]);
+    return PyUnicode_FromString(rung_name(self->rung));
 }
 
 static PyMethodDef Launch_methods[] = {
@@ -739,12 +745,26 @@ static PyObject *core_probe_pidfd(PyObject *Py_UNUSED(module), PyObject *Py_UNUS
     Py_RETURN_NONE;
 }
 
+/* {rung: children since the process began}, those of subprocess.Popen too. */
+static PyObject *rung_counts(const struct launch_counts *counts)
+{
+    PyObject *result = PyDict_New();
+    for (int rung = 0; result && rung <= SPAWN_RUNGS; rung++) {
+        size_t count = rung == SPAWN_RUNGS ? counts->adopted : counts->cloned[rung];
+        PyObject *value = PyLong_FromSize_t(count);
+        if (!value || PyDict_SetItemString(result, rung_name(rung), value) < 0)
+            Py_CLEAR(result);
+        Py_XDECREF(value);
+    }
+    return result;
+}
+
 static PyObject *core_counts(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     struct launch_counts counts = launch_count();
-    return Py_BuildValue("{snsnsnsn}", "launches", (Py_ssize_t)counts.launches, "orphans",
+    return Py_BuildValue("{snsnsnsnsN}", "launches", (Py_ssize_t)counts.launches, "orphans",
                          (Py_ssize_t)counts.orphans, "in_flight", (Py_ssize_t)counts.in_flight, "free_blocks",
-                         (Py_ssize_t)counts.free_blocks);
+                         (Py_ssize_t)counts.free_blocks, "rungs", rung_counts(&counts));
 }
 
 static PyMethodDef core_methods[] = {

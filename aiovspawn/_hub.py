@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _core
+from ._log import logger
 
 if TYPE_CHECKING:
     from ._transport import SubprocessTransport
@@ -112,18 +113,29 @@ class LoopHub:
 _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopHub]] = (
     weakref.WeakKeyDictionary()
 )
+_without_readers: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub:
-    """Return the hub of a loop, made on first use. To be called in the loop's thread."""
+def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
+    """Return the hub of a loop, made on first use, or None: the loop has no add_reader().
+
+    To be called in the loop's thread.
+    """
     found = _hubs.get(loop)
     hub = found() if found is not None else None
     return hub if hub is not None else _new_hub(loop)
 
 
-def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub:
-    hub = LoopHub(loop)
+def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
+    if loop in _without_readers:
+        return None
+    try:
+        hub = LoopHub(loop)
+    except NotImplementedError:
+        _without_readers.add(loop)
+        logger.debug("launches are delegated to the event loop: %r has no add_reader()", loop)
+        return None
     with _lock:
         closed = [other for other in _hubs if other.is_closed()]
         stale = [_hubs.pop(other) for other in closed]

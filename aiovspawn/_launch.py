@@ -10,6 +10,7 @@ import asyncio
 import errno
 import importlib
 import os
+import subprocess
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
@@ -33,8 +34,9 @@ class Ladder:
         self.way: str | None = None
         """"core", "popen" or "delegate"; None before the first launch."""
         self.reason = ""
+        self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.start: Callable[..., Awaitable[Any]]
-        """_transport.start_subprocess(), when the C core is there."""
+        """_hub.hub_of() and _transport.start_subprocess(), when the C core is there."""
 
     def choose(self) -> str:
         """Return the way, by looking at the environment and the kernel once."""
@@ -55,9 +57,10 @@ class Ladder:
         core = _load_core()
         if core is not None:
             core.force_rung(rung if rung in CORE_RUNGS else None)
+            from ._hub import hub_of
             from ._transport import start_subprocess
 
-            self.start = start_subprocess
+            self.hub_of, self.start = hub_of, start_subprocess
         self.forced = rung
         way, self.reason = self._look(core)
         self.way = way  # last: another thread goes ahead as soon as it is set
@@ -108,9 +111,9 @@ def subprocess_exec(
     protocol_factory: Callable[[], P],
     program: Any,
     *args: Any,
-    stdin: Any,
-    stdout: Any,
-    stderr: Any,
+    stdin: Any = subprocess.PIPE,
+    stdout: Any = subprocess.PIPE,
+    stderr: Any = subprocess.PIPE,
     universal_newlines: bool = False,
     shell: bool = False,
     bufsize: int = 0,
@@ -123,9 +126,10 @@ def subprocess_exec(
     if shell:
         raise ValueError("shell must be False")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    if ladder.choose() == "delegate":
+    if ladder.choose() == "delegate" or (hub := ladder.hub_of(loop)) is None:
         return delegate(protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
     return ladder.start(
+        hub,
         loop,
         protocol_factory,
         (program, *args),
@@ -144,9 +148,9 @@ def subprocess_shell(
     protocol_factory: Callable[[], P],
     cmd: str | bytes,
     *,
-    stdin: Any,
-    stdout: Any,
-    stderr: Any,
+    stdin: Any = subprocess.PIPE,
+    stdout: Any = subprocess.PIPE,
+    stderr: Any = subprocess.PIPE,
     universal_newlines: bool = False,
     shell: bool = True,
     bufsize: int = 0,
@@ -161,9 +165,10 @@ def subprocess_shell(
     if not shell:
         raise ValueError("shell must be True")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    if ladder.choose() == "delegate":
+    if ladder.choose() == "delegate" or (hub := ladder.hub_of(loop)) is None:
         return delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
     return ladder.start(
+        hub,
         loop,
         protocol_factory,
         cmd,

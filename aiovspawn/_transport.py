@@ -29,7 +29,7 @@ from subprocess import PIPE
 from typing import Any, TypeVar
 
 from . import _core, _popen
-from ._hub import EXECED, EXITED, FAILED, hub_of
+from ._hub import EXECED, EXITED, FAILED, LoopHub
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
 from ._request import Request, launch_error, make_request
@@ -62,6 +62,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
     def __init__(
         self,
+        hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
         protocol: asyncio.SubprocessProtocol,
         request: Request,
@@ -82,7 +83,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._first_id = 0
         self._contended = False
         self._retry_timer: asyncio.TimerHandle | None = None
-        self._hub = hub_of(loop)
+        self._hub = hub
         self.verdict: asyncio.Future[None] = loop.create_future()
         self._start()
         self._closed = False
@@ -416,6 +417,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
 
 
 async def start_subprocess(
+    hub: LoopHub,
     loop: asyncio.AbstractEventLoop,
     protocol_factory: Callable[[], P],
     args: Any,
@@ -430,7 +432,7 @@ async def start_subprocess(
     and waits until that is reaped.
     """
     protocol = protocol_factory()
-    transport = SubprocessTransport(loop, protocol, make_request(args, by_popen, **keywords), extra)
+    transport = SubprocessTransport(hub, loop, protocol, make_request(args, by_popen, **keywords), extra)
     try:
         await transport.verdict
     except GeneratorExit:

@@ -502,6 +502,7 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
     launch->pid = pid;
     launch->block = block;
     launch->detached = spawn_is_detached(rung);
+    counts.cloned[rung]++;
     return 0;
 }
 
@@ -587,6 +588,8 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct la
         if (result == 0)
             result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
     }
+    if (result == 0)
+        counts.adopted++;
     if (launch && result < 0) {
         for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
             hub_unwatch_locked(launch, (enum launch_slot)slot);

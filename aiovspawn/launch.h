@@ -68,6 +68,8 @@ struct launch {
 
 struct launch_counts {
     size_t launches, orphans, in_flight, free_blocks;
+    size_t cloned[SPAWN_RUNGS]; /* children since the process began, by rung */
+    size_t adopted;
 };
 
 int launch_init(void);

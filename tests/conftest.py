@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import uvloop
 
 import aiovspawn
 from aiovspawn import _core
@@ -117,6 +118,39 @@ async def leaves_no_task() -> AsyncIterator[None]:
     assert asyncio.all_tasks() - {asyncio.current_task()} <= before
 
 
+# ---- loops ---------------------------------------------------------------------
+
+
+def _attached(factory: Callable[[], asyncio.AbstractEventLoop]) -> Callable[[], asyncio.AbstractEventLoop]:
+    def new_event_loop() -> asyncio.AbstractEventLoop:
+        loop = factory()
+        aiovspawn.attach(loop)
+        return loop
+
+    return new_event_loop
+
+
+LOOP_FACTORIES: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "ours": aiovspawn.new_event_loop,
+    "our_uvloop": aiovspawn.uvloop.new_event_loop,
+    "attached": _attached(asyncio.SelectorEventLoop),
+    "attached_uvloop": _attached(uvloop.new_event_loop),
+}
+"""Every kind of loop on which unchanged programs take the fast path."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libuv_has_opened_its_own_fds() -> None:
+    """What libuv opens with its first loop stays open for good."""
+    uvloop.new_event_loop().close()
+
+
+@pytest.fixture(params=LOOP_FACTORIES)
+def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Run the test once on every kind of loop."""
+    return LOOP_FACTORIES[request.param]
+
+
 # ---- rungs ---------------------------------------------------------------------
 
 
@@ -162,6 +196,11 @@ def expect_no_child():
     raise AssertionError("a child is left")
 """
 """For the code that a test runs in a fresh interpreter."""
+
+
+def on_loop(code: str, python: list[str], **environment: str) -> None:
+    """Run code in a fresh interpreter in development mode."""
+    subprocess.run([*python, "-X", "dev", "-c", code], check=True, env=os.environ | environment)
 
 
 def compile_program(target: Path, *arguments: str, compiler: str = "cc") -> Path:

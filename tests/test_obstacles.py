@@ -86,17 +86,23 @@ def test_child_killed_at_each_of_its_system_calls(
     assert killed >= (5 if not keywords else 10) + (2 if program == "/nonexistent" else 0)
 
 
-# As long as one string of the environment may be: keeps a child some ten milliseconds from its exec.
-LONG_PATH = ":".join(f"/n/{number}" for number in range(13_000)) + ":/bin"
+# Each entry is a name that leads through as many links as the kernel follows and ends
+# nowhere: keeps a child a tenth of a second from its exec.
+SLOW_PATH = ":".join(["0"] * 60_000) + ":/bin"
+LINKS = 39
 
 
 @contextlib.asynccontextmanager
 async def older_launch(script: Path, text: str) -> AsyncIterator[asyncio.Task[aiovspawn.Process]]:
     """Write a program while an older launch is before its exec, with the file still open for writing."""
+    for number in range(LINKS):
+        (script.parent / str(number)).symlink_to(str(number + 1))
     with script.open("w") as file:
         script.chmod(0o755)
         older = asyncio.ensure_future(
-            aiovspawn.create_subprocess_exec("true", env={"PATH": LONG_PATH}, close_fds=False)
+            aiovspawn.create_subprocess_exec(
+                "true", env={"PATH": SLOW_PATH}, cwd=script.parent, close_fds=False
+            )
         )
         await asyncio.sleep(0)
         file.write(text)
