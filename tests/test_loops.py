@@ -437,8 +437,6 @@ assert len(os.listdir("/proc/self/fd")) == before
 
 @pytest.mark.parametrize("factory", ["asyncio.new_event_loop", "uvloop.new_event_loop"])
 def test_twins_work_on_loops_of_others_and_leave_no_fd(python: list[str], factory: str) -> None:
-    if factory.startswith("uvloop"):
-        pytest.importorskip("uvloop")
     on_loop(
         f"""
 import asyncio, os, gc, {factory.split(".")[0]}, aiovspawn
