@@ -328,7 +328,7 @@ static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
 {
     if (name == Py_None) {
         atomic_store(&rung_forced, false);
-        atomic_store(&rung_in_use, SPAWN_DETACHED_CLONE3);
+        atomic_store(&rung_in_use, spawn_best_rung());
         Py_RETURN_NONE;
     }
     const char *wanted = PyUnicode_AsUTF8(name);
@@ -737,12 +737,11 @@ static PyObject *core_in_flight_before(PyObject *Py_UNUSED(module), PyObject *ar
     return PyBool_FromLong(launch_in_flight_before(id));
 }
 
+/* Whether pidfd_open() works; raises where there are no pidfds at all. */
 static PyObject *core_probe_pidfd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     int result = launch_probe_pidfd();
-    if (result < 0)
-        return raise_errno(result);
-    Py_RETURN_NONE;
+    return result < 0 ? raise_errno(result) : PyBool_FromLong(result);
 }
 
 /* {rung: children since the process began}, those of subprocess.Popen too. */

@@ -34,6 +34,8 @@ class Ladder:
         self.way: str | None = None
         """"core", "popen" or "delegate"; None before the first launch."""
         self.reason = ""
+        self.adopts = True
+        """Whether a child of subprocess.Popen can be taken over: that takes pidfd_open(2)."""
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.start: Callable[..., Awaitable[Any]]
         """_hub.hub_of() and _transport.start_subprocess(), when the C core is there."""
@@ -73,11 +75,21 @@ class Ladder:
         if core is None:
             return "delegate", "the package was installed without its C core"
         try:
-            core.probe_pidfd()
+            self.adopts = core.probe_pidfd()
         except OSError as exc:
             if exc.errno in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
                 return "delegate", f"no pidfd: {exc.strerror}"
+        if not self.adopts:
+            logger.debug("launches with preexec_fn are delegated to the event loop: pidfd_open() is refused")
+            if self.forced == "popen":
+                return "delegate", "pidfd_open() is refused"
         return ("popen" if self.forced == "popen" else "core"), ""
+
+    def hub_for(self, loop: asyncio.AbstractEventLoop, keywords: dict[str, Any]) -> Any:
+        """The hub of a loop for a launch with these keywords, or None: it is to be delegated."""
+        if self.choose() == "delegate" or (not self.adopts and keywords.get("preexec_fn") is not None):
+            return None
+        return self.hub_of(loop)
 
 
 def _load_core() -> Any:
@@ -126,7 +138,8 @@ def subprocess_exec(
     if shell:
         raise ValueError("shell must be False")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    if ladder.choose() == "delegate" or (hub := ladder.hub_of(loop)) is None:
+    hub = ladder.hub_for(loop, kwargs)
+    if hub is None:
         return delegate(protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
     return ladder.start(
         hub,
@@ -165,7 +178,8 @@ def subprocess_shell(
     if not shell:
         raise ValueError("shell must be True")
     _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    if ladder.choose() == "delegate" or (hub := ladder.hub_of(loop)) is None:
+    hub = ladder.hub_for(loop, kwargs)
+    if hub is None:
         return delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
     return ladder.start(
         hub,

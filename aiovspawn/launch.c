@@ -527,7 +527,7 @@ static int watch_child_locked(struct launch *launch)
     (void)launch_left_memory_locked(launch);
     int result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
     if (result < 0) {
-        (void)syscall(SYS_pidfd_send_signal, launch->pidfd, SIGKILL, NULL, 0);
+        (void)kill(launch->pid, SIGKILL); /* nobody else has heard of it yet */
         close_locked(launch);
         if (launch->pidfd < 0)
             bury_locked(launch);
@@ -634,6 +634,16 @@ int launch_fd(struct launch *launch, enum launch_slot slot)
     return fd;
 }
 
+/* By pid, where pidfd_send_signal(2) is missing (valgrind): as safe as it can be, the
+ * child having just been seen not to be reaped. */
+static int kill_by_pid_locked(const struct launch *launch, int sig)
+{
+    siginfo_t info;
+    if (waitid((idtype_t)WAIT_PIDFD, (id_t)launch->pidfd, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+        return errno == ECHILD ? -ESRCH : -errno;
+    return kill(launch->pid, sig) < 0 ? -errno : 0;
+}
+
 /* Only to a child of ours: what a forked child inherits is its parent's to kill. */
 int launch_signal(struct launch *launch, int sig)
 {
@@ -641,6 +651,8 @@ int launch_signal(struct launch *launch, int sig)
     int result = -ESRCH;
     if (launch->pidfd >= 0 && !launch->exited && !launch_is_foreign(launch->generation))
         result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
+    if (result == -ENOSYS)
+        result = kill_by_pid_locked(launch, sig);
     launch_unlock();
     return result;
 }
@@ -701,14 +713,42 @@ struct launch_counts launch_count(void)
     return result;
 }
 
-/* 0 if the kernel has pidfds and lets us wait on them, else -errno. */
+/* A child that does nothing but end, on the rung that works nearly everywhere. */
+static int try_clone_locked(struct block *block)
+{
+    static const char *const no_program[] = {NULL};
+    struct spawn_step exec = {.op = SPAWN_EXEC};
+    siginfo_t info;
+    int pidfd = -1;
+    block->child = (struct spawn_child){.status_fd = -1, .programs = no_program, .steps = &exec};
+    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, SPAWN_VFORK, &pidfd);
+    if (pid < 0)
+        return pid;
+    while (waitid(P_PID, (id_t)pid, &info, WEXITED) < 0 && errno == EINTR)
+        ;
+    (void)close(pidfd);
+    return 0;
+}
+
+/* Whether there are pidfds: 1 if pidfd_open(2) works, which an adoption needs; 0 if
+ * only the clone gives one; else -errno. */
 int launch_probe_pidfd(void)
 {
     int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    if (pidfd < 0)
+    if (pidfd >= 0) {
+        (void)close(pidfd);
+        return 1;
+    }
+    if (errno == EMFILE || errno == ENFILE || errno == ENOMEM)
         return -errno;
-    (void)close(pidfd);
-    return 0;
+    struct block *block = block_new(0);
+    if (!block)
+        return -ENOMEM;
+    launch_lock();
+    int result = try_clone_locked(block);
+    block_free_locked(block);
+    launch_unlock();
+    return result;
 }
 
 /* ---- fork ---------------------------------------------------------------------------- */

@@ -588,3 +588,10 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
     raise_pidfd(ret_pidfd);
     return (int)result;
 }
+
+/* Where a ladder that tries its rungs may begin. valgrind ends the whole process on a
+ * clone that shares memory but does not suspend, so it must not be tried there. */
+enum spawn_rung spawn_best_rung(void)
+{
+    return sys_on_valgrind() ? SPAWN_VFORK : SPAWN_DETACHED_CLONE3;
+}

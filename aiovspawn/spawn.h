@@ -112,6 +112,8 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
 int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
                 int *ret_pidfd);
 
+enum spawn_rung spawn_best_rung(void);
+
 static inline bool spawn_is_detached(enum spawn_rung rung)
 {
     return rung == SPAWN_DETACHED_CLONE3 || rung == SPAWN_DETACHED_CLONE;

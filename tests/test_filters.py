@@ -1,0 +1,138 @@
+"""Real seccomp filters, as containers and sandboxes have them, in a fresh process each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, on_loop
+from seccomp import FILTERS
+
+ALL = "clone3-enosys,close_range-enosys,pidfd_open-eperm,detached-einval"
+RUNG_LEFT = {
+    "clone3-enosys": "detached-clone",
+    "clone3-eperm": "detached-clone",
+    "close_range-enosys": "detached-clone3",
+    "pidfd_open-eperm": "detached-clone3",
+    "clone3-enosys,detached-einval": "vfork",
+    ALL: "vfork",
+}
+
+
+# Under this filter glibc can neither start a thread nor posix_spawn, which 3.13's Popen uses.
+BEYOND_PYTHON = {
+    "clone3-eperm": [
+        "test_child_inherits_what_the_loops_thread_alone_has",
+        "test_audit_event_is_subprocess_popens",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("filters", RUNG_LEFT)
+def test_everything_holds_on_the_rung_that_is_left(filters: str, view: Path) -> None:
+    selection = " and ".join(f"not {name}" for name in BEYOND_PYTHON.get(filters, []))
+    command = [sys.executable, HERE / "seccomp.py", filters, "--quiet", "-m", "not slow", "-k", selection]
+    suites = [HERE / "test_parity.py", HERE / "test_errors.py"]
+    environment = os.environ | {"AIOVSPAWN_TESTS_AS_FOUND": "1"}
+    done = subprocess.run([*command, *suites], stdout=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 0, done.stdout
+
+
+LAUNCHES = """
+import asyncio, sys, aiovspawn
+sys.path.insert(0, TESTS)
+import seccomp
+for name in filter(None, FILTERS.split(",")):
+    seccomp.install(name)
+async def main():
+    for _ in range(3):
+        process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+        assert await process.communicate(b"x" * 100000) == (b"x" * 100000, None)
+        assert process.returncode == 0
+        rungs.append(process._transport.get_rung())
+    try:
+        await aiovspawn.create_subprocess_exec("/nonexistent")
+    except FileNotFoundError:
+        pass
+    else:
+        raise AssertionError
+rungs = []
+"""
+
+
+def filtered(filters: str, code: str) -> str:
+    return f"TESTS, FILTERS = {str(HERE)!r}, {filters!r}\n" + LAUNCHES + code
+
+
+@pytest.mark.parametrize("filters", RUNG_LEFT)
+def test_rung_that_is_left(python: list[str], filters: str) -> None:
+    on_loop(
+        filtered(filters, f"aiovspawn.run(main()); assert set(rungs) == {{{RUNG_LEFT[filters]!r}}}, rungs"),
+        python,
+    )
+
+
+@pytest.mark.parametrize("filters", RUNG_LEFT)
+def test_filter_that_comes_after_the_first_launch(python: list[str], filters: str) -> None:
+    code = f"""
+aiovspawn.run(main())
+assert set(rungs) == {{"detached-clone3"}}
+rungs.clear()
+for name in {filters!r}.split(","):
+    seccomp.install(name)
+aiovspawn.run(main())
+assert set(rungs) == {{{RUNG_LEFT[filters]!r}}}, rungs
+"""
+    on_loop(filtered("", code), python)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_no_processes_at_all_is_a_clean_error(python: list[str], first: bool) -> None:
+    code = f"""
+if {first}:
+    aiovspawn.run(main())
+seccomp.install("no-processes")
+async def refused():
+    for _ in range(3):
+        try:
+            await aiovspawn.create_subprocess_exec("true", stdin=-1, stdout=-1)
+        except PermissionError:
+            pass
+        else:
+            raise AssertionError
+aiovspawn.run(refused())
+"""
+    on_loop(filtered("", code), python)
+
+
+def test_preexec_fn_without_pidfd_open_is_delegated(python: list[str]) -> None:
+    code = """
+import logging, os
+records = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        if "delegated" in record.getMessage():
+            records.append(record.getMessage())
+logging.getLogger("aiovspawn").addHandler(Handler())
+logging.getLogger("aiovspawn").setLevel(logging.DEBUG)
+def change():
+    os.umask(0o123)
+async def forked():
+    for _ in range(2):
+        process = await aiovspawn.create_subprocess_shell("umask", preexec_fn=change, stdout=-1)
+        assert (await process.communicate())[0] == b"0123\\n"
+        assert not hasattr(process._transport, "get_rung")
+aiovspawn.run(forked())
+aiovspawn.run(main())
+[record] = records
+assert record == "launches with preexec_fn are delegated to the event loop: pidfd_open() is refused"
+"""
+    on_loop(filtered("pidfd_open-eperm", code), python)
+
+
+def test_every_filter_is_used() -> None:
+    assert set(FILTERS) == {name for names in RUNG_LEFT for name in names.split(",")} | {"no-processes"}
