@@ -11,8 +11,8 @@ from setuptools import Extension, setup
 
 core = Extension(
     "aiovspawn._core",
-    sources=["aiovspawn/_core.c", "aiovspawn/hub.c", "aiovspawn/launch.c", "aiovspawn/spawn.c"],
-    depends=["aiovspawn/hub.h", "aiovspawn/launch.h", "aiovspawn/spawn.h", "aiovspawn/sys.h"],
+    sources=[f"aiovspawn/{name}.c" for name in ("_core", "hub", "launch", "probe", "spawn")],
+    depends=[f"aiovspawn/{name}.h" for name in ("hub", "launch", "probe", "spawn", "sys")],
     extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
 )
 

@@ -4,6 +4,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from typing import TYPE_CHECKING
 
+from ._features import Feature, Features, features
 from ._loop import EventLoop, attach, new_event_loop, run
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
 
@@ -12,10 +13,13 @@ __all__ = [
     "PIPE",
     "STDOUT",
     "EventLoop",
+    "Feature",
+    "Features",
     "Process",
     "attach",
     "create_subprocess_exec",
     "create_subprocess_shell",
+    "features",
     "new_event_loop",
     "run",
 ]

@@ -12,6 +12,7 @@
 
 #include "hub.h"
 #include "launch.h"
+#include "probe.h"
 
 #include <errno.h>
 #include <stdatomic.h>
@@ -283,8 +284,14 @@ static const char *rung_name(int rung)
 
 /* What the process has found out: the first rung that was not refused, and
  * whether the user has forced one. */
-static atomic_int rung_in_use;
+static atomic_int rung_in_use = -1; /* before the first launch */
 static atomic_bool rung_forced;
+
+static int current_rung(void)
+{
+    int rung = atomic_load(&rung_in_use);
+    return rung < 0 ? (int)spawn_best_rung() : rung;
+}
 
 static bool is_refusal(int result, enum spawn_op op, const struct block *block)
 {
@@ -309,7 +316,7 @@ static int start_on(struct hub *hub, struct block **block, enum spawn_rung rung,
 static int start_on_ladder(struct hub *hub, struct block **block, enum spawn_rung *ret_rung,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    int rung = atomic_load(&rung_in_use);
+    int rung = current_rung();
     int result = start_on(hub, block, (enum spawn_rung)rung, ret_launch, ret_op);
     while (is_refusal(result, *ret_op, *block) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
         result = start_on(hub, block, (enum spawn_rung)++rung, ret_launch, ret_op);
@@ -321,14 +328,14 @@ static int start_on_ladder(struct hub *hub, struct block **block, enum spawn_run
 
 static PyObject *core_rung(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return PyUnicode_FromString(rung_names[atomic_load(&rung_in_use)]);
+    return PyUnicode_FromString(rung_names[current_rung()]);
 }
 
 static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
 {
     if (name == Py_None) {
         atomic_store(&rung_forced, false);
-        atomic_store(&rung_in_use, spawn_best_rung());
+        atomic_store(&rung_in_use, -1);
         Py_RETURN_NONE;
     }
     const char *wanted = PyUnicode_AsUTF8(name);
@@ -737,11 +744,16 @@ static PyObject *core_in_flight_before(PyObject *Py_UNUSED(module), PyObject *ar
     return PyBool_FromLong(launch_in_flight_before(id));
 }
 
-/* Whether pidfd_open() works; raises where there are no pidfds at all. */
-static PyObject *core_probe_pidfd(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+/* probe(name) -> 0 if the kernel allows it here, else the errno it answers with. */
+static PyObject *core_probe(PyObject *Py_UNUSED(module), PyObject *name)
 {
-    int result = launch_probe_pidfd();
-    return result < 0 ? raise_errno(result) : PyBool_FromLong(result);
+    const char *wanted = PyUnicode_AsUTF8(name);
+    if (!wanted)
+        return NULL;
+    for (int probe = 0; probe < PROBES; probe++)
+        if (strcmp(wanted, probe_names[probe]) == 0)
+            return PyLong_FromLong(-probe_try((enum probe)probe));
+    return PyErr_Format(PyExc_ValueError, "no such feature: %R", name);
 }
 
 /* {rung: children since the process began}, those of subprocess.Popen too. */
@@ -771,23 +783,23 @@ static PyMethodDef core_methods[] = {
     {"force_rung", core_force_rung, METH_O, NULL},
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
-    {"probe_pidfd", core_probe_pidfd, METH_NOARGS, NULL},
+    {"probe", core_probe, METH_O, NULL},
     {"counts", core_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
-static int add_step_names(PyObject *module)
+static int add_names(PyObject *module, const char *attribute, const char *const *names, int count)
 {
-    PyObject *names = PyTuple_New(SPAWN_OPS);
-    for (int op = 0; names && op < SPAWN_OPS; op++) {
-        PyObject *name = PyUnicode_FromString(spawn_step_names[op]);
+    PyObject *tuple = PyTuple_New(count);
+    for (int i = 0; tuple && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
         if (name)
-            PyTuple_SET_ITEM(names, op, name);
+            PyTuple_SET_ITEM(tuple, i, name);
         else
-            Py_CLEAR(names);
+            Py_CLEAR(tuple);
     }
-    int result = PyModule_AddObjectRef(module, "STEP_NAMES", names);
-    Py_XDECREF(names);
+    int result = PyModule_AddObjectRef(module, attribute, tuple);
+    Py_XDECREF(tuple);
     return result;
 }
 
@@ -827,7 +839,10 @@ static int core_exec(PyObject *module)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0)
         return -1;
-    return add_step_names(module) < 0 ? -1 : add_steps(module);
+    if (add_names(module, "STEP_NAMES", spawn_step_names, SPAWN_OPS) < 0 ||
+        add_names(module, "FEATURES", probe_names, PROBES) < 0)
+        return -1;
+    return add_steps(module);
 }
 
 static int core_traverse(PyObject *module, visitproc visit, void *arg)

@@ -22,6 +22,8 @@ Started = tuple[asyncio.SubprocessTransport, P]
 
 RUNG_VARIABLE = "AIOVSPAWN_RUNG"
 CORE_RUNGS = ("detached-clone3", "detached-clone", "vfork", "fork")
+REFUSED = (errno.ENOSYS, errno.EPERM, errno.EINVAL)
+"""What the kernel answers where it lacks a feature, or a filter hides it."""
 RUNGS = (*CORE_RUNGS, "popen", "delegate")
 
 
@@ -36,6 +38,8 @@ class Ladder:
         self.reason = ""
         self.adopts = True
         """Whether a child of subprocess.Popen can be taken over: that takes pidfd_open(2)."""
+        self.core: Any = None
+        """The C core, or None: before the first launch, and where there is none."""
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.start: Callable[..., Awaitable[Any]]
         """_hub.hub_of() and _transport.start_subprocess(), when the C core is there."""
@@ -56,7 +60,7 @@ class Ladder:
     def _force(self, rung: str | None) -> None:
         if rung is not None and rung not in RUNGS:
             raise ValueError(f"{RUNG_VARIABLE} must be one of {', '.join(RUNGS)}, not {rung!r}")
-        core = _load_core()
+        core = self.core = _load_core()
         if core is not None:
             core.force_rung(rung if rung in CORE_RUNGS else None)
             from ._hub import hub_of
@@ -74,11 +78,9 @@ class Ladder:
             return "delegate", f"{RUNG_VARIABLE}=delegate"
         if core is None:
             return "delegate", "the package was installed without its C core"
-        try:
-            self.adopts = core.probe_pidfd()
-        except OSError as exc:
-            if exc.errno in (errno.ENOSYS, errno.EPERM, errno.EINVAL):
-                return "delegate", f"no pidfd: {exc.strerror}"
+        self.adopts = core.probe("pidfd_open") not in REFUSED
+        if not self.adopts and core.probe("vfork") in REFUSED:
+            return "delegate", "no pidfds: neither pidfd_open(2) nor clone(2) gives one"
         if not self.adopts:
             logger.debug("launches with preexec_fn are delegated to the event loop: pidfd_open() is refused")
             if self.forced == "popen":

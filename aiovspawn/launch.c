@@ -84,8 +84,9 @@ static char *block_base(struct block *block)
     return (char *)block - STACK_SIZE - page_size();
 }
 
-static void *block_stack(struct block *block)
+void *block_stack(struct block *block, size_t *ret_size)
 {
+    *ret_size = STACK_SIZE;
     return (char *)block - STACK_SIZE;
 }
 
@@ -323,22 +324,39 @@ static int returncode_of(int wait_status)
     return WIFSIGNALED(wait_status) ? -WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
 }
 
+/* What a pidfd tells of a process that has been reaped: 1 and its wait status, 0 if
+ * the kernel has not written it down yet, or -errno. */
+static int exit_info(int pidfd, int *ret_wait_status)
+{
+    struct pidfd_exit_info info = {.mask = PIDFD_INFO_EXIT_BIT};
+    int result = ioctl(pidfd, PIDFD_GET_INFO_REQUEST, &info);
+    if (result < 0 && errno == ESRCH) {
+        /* The kernel looks for the exit code before it looks for the process: both may just have changed. */
+        info.mask = PIDFD_INFO_EXIT_BIT;
+        result = ioctl(pidfd, PIDFD_GET_INFO_REQUEST, &info);
+    }
+    if (result < 0)
+        return -errno;
+    *ret_wait_status = info.exit_code;
+    return (info.mask & PIDFD_INFO_EXIT_BIT) != 0;
+}
+
+/* Whether a pidfd tells the wait status of a process that has been reaped. */
+bool launch_exit_info(int pidfd, int *ret_wait_status)
+{
+    return exit_info(pidfd, ret_wait_status) == 1;
+}
+
 /* Somebody else has reaped the child, or SIGCHLD is ignored: the pidfd may still
  * know. False for the moment in which the kernel has not written it down yet.
  * 255 is what asyncio says where nobody knows. */
 static bool recover_status(struct launch *launch)
 {
-    struct pidfd_exit_info info = {.mask = PIDFD_INFO_EXIT_BIT};
-    int result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
-    if (result < 0 && errno == ESRCH) {
-        /* The kernel looks for the exit code before it looks for the process: both may just have changed. */
-        info.mask = PIDFD_INFO_EXIT_BIT;
-        result = ioctl(launch->pidfd, PIDFD_GET_INFO_REQUEST, &info);
-    }
-    if (result == 0 && !(info.mask & PIDFD_INFO_EXIT_BIT))
+    int wait_status, result = exit_info(launch->pidfd, &wait_status);
+    if (result == 0)
         return false;
     launch->status_lost = result < 0;
-    launch->returncode = result < 0 ? 255 : returncode_of(info.exit_code);
+    launch->returncode = result < 0 ? 255 : returncode_of(wait_status);
     return true;
 }
 
@@ -492,7 +510,9 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
     launch->contended = counts.in_flight > 1;
     if (waits)
         launch_unlock();
-    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, rung, &launch->pidfd);
+    size_t stack_size;
+    void *stack = block_stack(block, &stack_size);
+    int pid = spawn_clone(&block->child, stack, stack_size, rung, &launch->pidfd);
     if (waits)
         launch_lock();
     if (pid < 0) {
@@ -709,44 +729,6 @@ struct launch_counts launch_count(void)
 {
     launch_lock();
     struct launch_counts result = counts;
-    launch_unlock();
-    return result;
-}
-
-/* A child that does nothing but end, on the rung that works nearly everywhere. */
-static int try_clone_locked(struct block *block)
-{
-    static const char *const no_program[] = {NULL};
-    struct spawn_step exec = {.op = SPAWN_EXEC};
-    siginfo_t info;
-    int pidfd = -1;
-    block->child = (struct spawn_child){.status_fd = -1, .programs = no_program, .steps = &exec};
-    int pid = spawn_clone(&block->child, block_stack(block), STACK_SIZE, SPAWN_VFORK, &pidfd);
-    if (pid < 0)
-        return pid;
-    while (waitid(P_PID, (id_t)pid, &info, WEXITED) < 0 && errno == EINTR)
-        ;
-    (void)close(pidfd);
-    return 0;
-}
-
-/* Whether there are pidfds: 1 if pidfd_open(2) works, which an adoption needs; 0 if
- * only the clone gives one; else -errno. */
-int launch_probe_pidfd(void)
-{
-    int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
-    if (pidfd >= 0) {
-        (void)close(pidfd);
-        return 1;
-    }
-    if (errno == EMFILE || errno == ENFILE || errno == ENOMEM)
-        return -errno;
-    struct block *block = block_new(0);
-    if (!block)
-        return -ENOMEM;
-    launch_lock();
-    int result = try_clone_locked(block);
-    block_free_locked(block);
     launch_unlock();
     return result;
 }

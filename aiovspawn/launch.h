@@ -76,6 +76,7 @@ int launch_init(void);
 
 struct block *block_new(size_t arena_size);
 void *block_take(struct block *block, size_t size);
+void *block_stack(struct block *block, size_t *ret_size);
 void block_free(struct block *block);
 
 int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
@@ -95,7 +96,7 @@ void launch_close_pipe(struct launch *launch, enum launch_slot slot);
 size_t launch_reap_orphans(void);
 bool launch_in_flight_before(uint64_t id);
 struct launch_counts launch_count(void);
-int launch_probe_pidfd(void);
+bool launch_exit_info(int pidfd, int *ret_wait_status);
 
 /* For hub.c, with the mutex held. */
 void launch_lock(void);

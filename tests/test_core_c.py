@@ -14,7 +14,7 @@ from aiovspawn import _core
 from aiovspawn._launch import CORE_RUNGS
 
 SOURCE = HERE.parent / "aiovspawn"
-CORE = ["spawn.c", "launch.c", "hub.c"]
+CORE = ["spawn.c", "launch.c", "hub.c", "probe.c"]
 BATTERY = HERE / "c" / "battery.c"
 NAMES = re.findall(r"^    TEST\((\w+)\),$", BATTERY.read_text(), re.MULTILINE)
 
@@ -54,39 +54,6 @@ def sanitizers_of(compiler: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_battery(battery: Path, name: str, number: int) -> None:
     done = subprocess.run([battery, name, str(number)], timeout=60, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-# valgrind gives each child a copy of the memory, and keeps file descriptors for itself.
-NOT_ON_VALGRIND = {"running_out_of_fds_anywhere_leaves_nothing", "child_needs_little_stack"}
-
-
-@pytest.fixture(scope="module")
-def plain_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("battery"), *BUILDS["cc"])
-
-
-@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
-@pytest.mark.parametrize("rung", ["vfork", "fork"])
-@pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_ON_VALGRIND))
-def test_battery_under_valgrind(plain_battery: Path, name: str, rung: str) -> None:
-    command = ["valgrind", "--quiet", "--tool=none", plain_battery, name, str(CORE_RUNGS.index(rung))]
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(not shutil.which("valgrind"), reason="valgrind is not installed")
-def test_valgrind_is_recognised_before_anything_is_tried(python: list[str]) -> None:
-    code = """
-import asyncio, aiovspawn
-async def main():
-    process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1)
-    assert process._transport.get_rung() == "vfork"
-    assert await process.communicate(b"x") == (b"x", None)
-aiovspawn.run(main())
-"""
-    command = ["valgrind", "--quiet", "--tool=none", *python, "-c", code]
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

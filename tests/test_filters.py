@@ -77,6 +77,22 @@ def test_rung_that_is_left(python: list[str], filters: str) -> None:
 
 
 @pytest.mark.parametrize("filters", RUNG_LEFT)
+def test_features_foretell_the_rung_that_is_left(python: list[str], filters: str) -> None:
+    code = f"""
+features = aiovspawn.features()
+assert features.rung == {RUNG_LEFT[filters]!r}, features
+assert bool(features.reason) == (features.rung != "detached-clone3")
+for name, refused in ("clone3", features.detached_clone3), ("close_range", features.close_range), (
+    "pidfd_open", features.pidfd_open), ("detached", features.detached_clone):
+    assert refused.available == (name not in {filters!r}), (name, features)
+    assert refused or refused.reason.startswith(("ENOSYS", "EPERM", "EINVAL")), refused
+aiovspawn.run(main())
+assert set(rungs) == {{features.rung}}
+"""
+    on_loop(filtered(filters, code), python)
+
+
+@pytest.mark.parametrize("filters", RUNG_LEFT)
 def test_filter_that_comes_after_the_first_launch(python: list[str], filters: str) -> None:
     code = f"""
 aiovspawn.run(main())
