@@ -15,6 +15,7 @@
 #include "probe.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -209,7 +210,7 @@ struct launch_arguments {
     PyObject *programs, *argv, *env; /* env: list or NULL for the C environment */
     PyObject *pass_fds, *steps;
     int stdio[3];
-    int close_fds, pipe_size;
+    int close_fds, pipe_size, may_share;
 };
 
 static size_t arena_size(const struct launch_arguments *args, size_t *ret_environ_count)
@@ -299,27 +300,27 @@ static bool is_refusal(int result, enum spawn_op op, const struct block *block)
 }
 
 /* One rung. Those that wait for the child's exec let other threads run. */
-static int start_on(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
-                    enum spawn_op *ret_op)
+static int start_on(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+                    struct launch **ret_launch, enum spawn_op *ret_op)
 {
     int result;
     if (spawn_is_detached(rung))
-        return launch_start(hub, block, rung, ret_launch, ret_op);
+        return launch_start(hub, block, rung, may_share, ret_launch, ret_op);
     Py_BEGIN_ALLOW_THREADS
-    result = launch_start(hub, block, rung, ret_launch, ret_op);
+    result = launch_start(hub, block, rung, may_share, ret_launch, ret_op);
     Py_END_ALLOW_THREADS
     return result;
 }
 
 /* Starts at the rung in use and steps down where one is refused, also when that
  * happens only now: a filter may have been installed since the last launch. */
-static int start_on_ladder(struct hub *hub, struct block **block, enum spawn_rung *ret_rung,
+static int start_on_ladder(struct hub *hub, struct block **block, bool may_share, enum spawn_rung *ret_rung,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
     int rung = current_rung();
-    int result = start_on(hub, block, (enum spawn_rung)rung, ret_launch, ret_op);
+    int result = start_on(hub, block, (enum spawn_rung)rung, may_share, ret_launch, ret_op);
     while (is_refusal(result, *ret_op, *block) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
-        result = start_on(hub, block, (enum spawn_rung)++rung, ret_launch, ret_op);
+        result = start_on(hub, block, (enum spawn_rung)++rung, may_share, ret_launch, ret_op);
     if (result == 0 && !atomic_load(&rung_forced))
         atomic_store(&rung_in_use, rung);
     *ret_rung = (enum spawn_rung)rung;
@@ -599,7 +600,7 @@ static PyObject *launch_with(HubObject *self, const struct launch_arguments *arg
     if (!block)
         return NULL;
     LaunchObject *object = new_launch_object(self);
-    int result = object ? start_on_ladder(self->hub, &block, &rung, &launch, &op) : 0;
+    int result = object ? start_on_ladder(self->hub, &block, args->may_share, &rung, &launch, &op) : 0;
     if (object && result == 0)
         return fill_launch_object(object, launch, rung);
     if (block)
@@ -608,14 +609,14 @@ static PyObject *launch_with(HubObject *self, const struct launch_arguments *arg
     return object ? raise_step(result, op) : NULL;
 }
 
-/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size) */
+/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size, may_share_fds) */
 static PyObject *Hub_launch(HubObject *self, PyObject *tuple)
 {
     struct launch_arguments args = {0};
     PyObject *programs, *argv, *env, *launch = NULL;
-    if (!PyArg_ParseTuple(tuple, "OOO(iii)O!O!pi:launch", &programs, &argv, &env, &args.stdio[0], &args.stdio[1],
+    if (!PyArg_ParseTuple(tuple, "OOO(iii)O!O!pip:launch", &programs, &argv, &env, &args.stdio[0], &args.stdio[1],
                           &args.stdio[2], &PyTuple_Type, &args.pass_fds, &PyTuple_Type, &args.steps,
-                          &args.close_fds, &args.pipe_size))
+                          &args.close_fds, &args.pipe_size, &args.may_share))
         return NULL;
     args.programs = fs_encode_all(programs);
     args.argv = args.programs ? fs_encode_all(argv) : NULL;
@@ -744,6 +745,16 @@ static PyObject *core_in_flight_before(PyObject *Py_UNUSED(module), PyObject *ar
     return PyBool_FromLong(launch_in_flight_before(id));
 }
 
+/* share_fds_from(fd): from which fd number on launches share the fd table; -1: the default. */
+static PyObject *core_share_fds_from(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    launch_share_fds_from(fd > INT_MAX ? INT_MAX : (int)fd);
+    Py_RETURN_NONE;
+}
+
 /* probe(name) -> 0 if the kernel allows it here, else the errno it answers with. */
 static PyObject *core_probe(PyObject *Py_UNUSED(module), PyObject *name)
 {
@@ -783,6 +794,7 @@ static PyMethodDef core_methods[] = {
     {"force_rung", core_force_rung, METH_O, NULL},
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
+    {"share_fds_from", core_share_fds_from, METH_O, NULL},
     {"probe", core_probe, METH_O, NULL},
     {"counts", core_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -809,6 +821,8 @@ static int add_steps(PyObject *module)
         const char *name;
         enum spawn_op op;
     } steps[] = {
+        {"STEP_UNSHARE_FDS", SPAWN_UNSHARE_FDS},
+        {"STEP_DETACHED", SPAWN_DETACHED},
         {"STEP_CHDIR", SPAWN_CHDIR},
         {"STEP_UMASK", SPAWN_UMASK},
         {"STEP_RESTORE_SIGNALS", SPAWN_RESTORE_SIGNALS},

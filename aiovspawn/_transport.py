@@ -79,6 +79,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._returncode: int | None = None
         self._exit_waiters: list[asyncio.Future[int]] = []
         self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._may_share_fds = True
         self._retries = 0
         self._first_id = 0
         self._contended = False
@@ -103,6 +104,7 @@ class SubprocessTransport(asyncio.SubprocessTransport):
                     request.steps,
                     request.close_fds,
                     request.pipe_size,
+                    self._may_share_fds,
                 )
             except OSError as exc:
                 if not hasattr(exc, "step"):
@@ -173,6 +175,9 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
         del self._hub.transports[self._launch.id]
+        if self._state is State.LAUNCHING and _core.STEP_UNSHARE_FDS <= step <= _core.STEP_DETACHED:
+            self._retry_with_copied_fds()
+            return
         if self._state is State.LAUNCHING and self._may_retry(step, error):
             self._retry_later()
             return
@@ -202,6 +207,13 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._held_back.clear()  # what the failed child's pipes said
         self._call_retry(RETRY_DELAYS[self._retries], 0)
         self._retries += 1
+
+    def _retry_with_copied_fds(self) -> None:
+        """The child could not leave our fd table for one of its own."""
+        self._may_share_fds = False
+        self._launch.close()
+        self._held_back.clear()
+        self._call_retry(0, OLDER_TIMEOUT)
 
     def _call_retry(self, delay: float, waited: float) -> None:
         self._retry_timer = self.loop.call_later(delay, self._retry, waited, context=self.context)

@@ -39,8 +39,15 @@ static struct block *free_blocks;
 static uint64_t last_id;
 static uint64_t generation; /* counts forks */
 
+/* With this many open files a copy of the fd table costs as much as a shared one,
+ * whose ends the child has to open anew. */
+enum { SHARE_FDS_FROM = 256 };
+static int share_fds_from = SHARE_FDS_FROM;
+static enum { SHARING_UNTRIED, SHARING_WORKS, SHARING_REFUSED } sharing;
+
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
 static size_t hiding;
+static uint64_t hidings; /* how many there have been */
 static int visible_before;
 
 void launch_lock(void)
@@ -168,6 +175,7 @@ void block_free(struct block *block)
 static void hide_memory_locked(struct launch *launch)
 {
     launch->hides_memory = true;
+    hidings++;
     if (hiding++ == 0) {
         visible_before = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
         (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
@@ -284,27 +292,52 @@ bool launch_left_memory_locked(struct launch *launch)
     return true;
 }
 
+/* The child has a fd table of its own, or needs none any more. */
+static void set_detached_locked(struct launch *launch)
+{
+    launch->shares_fds = false;
+    spawn_close_child_ends(&launch->ends);
+}
+
 static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict)
 {
     launch->verdict = verdict;
+    set_detached_locked(launch);
     launch_close_slot_locked(launch, LAUNCH_STATUS);
     (void)launch_left_memory_locked(launch);
 }
 
+/* Where it is the table's sharing that failed, and no other launch's need to hide our
+ * memory was the reason, the next would fail as well. */
+static bool set_failed_locked(struct launch *launch, struct spawn_record record)
+{
+    if (record.op >= SPAWN_UNSHARE_FDS && record.op <= SPAWN_REOPEN && launch->hidings == hidings && hiding == 0)
+        sharing = SHARING_REFUSED;
+    launch->record = record;
+    set_verdict_locked(launch, LAUNCH_FAILED);
+    return true;
+}
+
 /* Looks once at the status pipe of a launch without a verdict; true when there
  * is one now. A dead child and one that has left our memory by itself need no
- * end of file, which a stranger's copy of the write end might hold back. */
+ * end of file, which a stranger's copy of the write end might hold back; but a
+ * child that shares our fd table has not exec'd before it has said otherwise. */
 bool launch_read_status_locked(struct launch *launch)
 {
+    char said[1 + sizeof(struct spawn_record)];
     struct spawn_record record;
     bool left = launch->exited || (launch->detached && launch_left_memory_locked(launch));
-    ssize_t size = read(launch->ends.status_read, &record, sizeof record);
-    if (size == (ssize_t)sizeof record) {
-        launch->record = record;
-        set_verdict_locked(launch, LAUNCH_FAILED);
-    } else if (size == 0 || left) {
-        set_verdict_locked(launch, LAUNCH_EXECED);
+    ssize_t size = read(launch->ends.status_read, said, sizeof said);
+    if (size == 1 || size == (ssize_t)sizeof said)
+        set_detached_locked(launch);
+    if (size >= (ssize_t)sizeof record) {
+        memcpy(&record, said + size - sizeof record, sizeof record);
+        return set_failed_locked(launch, record);
     }
+    if (launch->shares_fds && launch->exited && launch->returncode >= 0)
+        return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
+    if (size == 0 || launch->exited || (left && !launch->shares_fds))
+        set_verdict_locked(launch, LAUNCH_EXECED);
     return launch->verdict != LAUNCH_PENDING;
 }
 
@@ -526,7 +559,51 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
     return 0;
 }
 
-static int open_and_clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung,
+/* Whether /proc is that of our pid namespace. Tried once; a child whose ends cannot be
+ * opened there says so, and nothing is shared any more. */
+static bool sharing_works_locked(void)
+{
+    char target[16];
+    if (sharing == SHARING_UNTRIED) {
+        ssize_t size = readlink("/proc/self", target, sizeof target - 1);
+        target[size < 0 ? 0 : size] = '\0';
+        sharing = atoi(target) == getpid() ? SHARING_WORKS : SHARING_REFUSED;
+    }
+    return sharing == SHARING_WORKS;
+}
+
+/* Flat in open files: a copy of the fd table costs time for each of them, in the
+ * clone and at the exec. A new fd's number tells how many there are. Not while our
+ * memory is hidden for the sake of another launch: /proc is then closed to children. */
+static bool shares_fds_locked(const struct launch *launch, const struct block *block, enum spawn_rung rung)
+{
+    return spawn_is_detached(rung) && launch->ends.status_write >= share_fds_from && hiding == 0 &&
+           !changes_ids(&block->request) && spawn_can_share_fds(&block->request) && sharing_works_locked();
+}
+
+void launch_share_fds_from(int fd)
+{
+    launch_lock();
+    share_fds_from = fd < 0 ? SHARE_FDS_FROM : fd;
+    sharing = SHARING_UNTRIED;
+    launch_unlock();
+}
+
+/* A sharing clone that a filter refuses is repeated without. */
+static int clone_sharing_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
+{
+    int result = spawn_keep_inherited(&launch->ends, &block->child);
+    if (result < 0)
+        return result;
+    spawn_prepare(&block->request, &launch->ends, rung, true, &block->child);
+    launch->shares_fds = true;
+    launch->hidings = hidings;
+    result = clone_locked(launch, block, rung);
+    launch->shares_fds = result == 0;
+    return result;
+}
+
+static int open_and_clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung, bool may_share,
                                  enum spawn_op *ret_op)
 {
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
@@ -534,8 +611,10 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, enu
         result = watch_ends_locked(launch);
     if (result < 0)
         return result;
-    spawn_prepare(&block->request, &launch->ends, rung, &block->child);
     *ret_op = SPAWN_CLONE;
+    if (may_share && shares_fds_locked(launch, block, rung) && clone_sharing_locked(launch, block, rung) == 0)
+        return 0;
+    spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     spawn_close_child_ends(&launch->ends);
     return result;
@@ -557,10 +636,10 @@ static int watch_child_locked(struct launch *launch)
 
 /* Launches what *block describes, on one rung. Once there is a child the block is
  * the launch's, and *block is NULL; before, a failure leaves nothing behind and
- * the block to the caller. *ret_op says where it failed. The fork and vfork rungs
+ * the block to the caller. may_share: the fd table, see shares_fds_locked(). *ret_op says where it failed. The fork and vfork rungs
  * take as long as the child's exec. */
-int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
-                 enum spawn_op *ret_op)
+int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+                 struct launch **ret_launch, enum spawn_op *ret_op)
 {
     *ret_op = SPAWN_OPEN_PIPES;
     launch_lock();
@@ -571,7 +650,7 @@ int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, st
         return -ENOMEM;
     }
     set_in_flight_locked(launch, true);
-    int result = open_and_clone_locked(launch, *block, rung, ret_op);
+    int result = open_and_clone_locked(launch, *block, rung, may_share, ret_op);
     if (result < 0) {
         bury_locked(launch);
     } else {
@@ -751,6 +830,7 @@ static void after_fork_in_child(void)
             launch->verdict = LAUNCH_EXECED; /* the parent's to judge */
         set_in_flight_locked(launch, false);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
+        launch->shares_fds = false;
         spawn_close_child_ends(&launch->ends);
         if (!launch->owned || launch->closed)
             bury_locked(launch);

@@ -55,6 +55,8 @@ struct launch {
     bool contended; /* another launch had not exec'd when this one was cloned */
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
+    uint64_t hidings; /* how often our memory had been hidden when it was cloned */
+    bool shares_fds;  /* the child has not said yet that it left our fd table: its ends must stay */
     bool exited;      /* returncode is set */
     bool has_usage;   /* usage is set: nobody else has reaped the child */
     bool reaped;      /* the child is dead for certain, and has left our memory */
@@ -79,8 +81,9 @@ void *block_take(struct block *block, size_t size);
 void *block_stack(struct block *block, size_t *ret_size);
 void block_free(struct block *block);
 
-int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, struct launch **ret_launch,
-                 enum spawn_op *ret_op);
+int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+                 struct launch **ret_launch, enum spawn_op *ret_op);
+void launch_share_fds_from(int fd);
 int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch);
 void launch_close(struct launch *launch);
 void launch_free(struct launch *launch);

@@ -16,7 +16,13 @@
  *     (by CLONE_CLEAR_SIGHAND or by hand) before the mask is restored.
  *  5. Every fd of ours is close-on-exec and >= 3, so that no stdio step
  *     overwrites the source of the next, nor the status pipe.
- *  6. A failure is told through the status pipe, not through memory: under an
+ *  6. With a shared fd table (CLONE_FILES) it does nothing to the table before
+ *     close_range(CLOSE_RANGE_UNSHARE) is known to have worked: until then each
+ *     close or dup would be the parent's. Then it has 0-2 alone, and opens its
+ *     ends anew by their names in the parent's /proc entry. The parent keeps
+ *     them, under these numbers, until it has been told SPAWN_DETACHED or the
+ *     child is dead.
+ *  7. A failure is told through the status pipe, not through memory: under an
  *     emulator CLONE_VM may be a plain fork.
  *
  * clone(2), execve(2), close_range(2), pipe(7); CPython's child_exec().
@@ -50,6 +56,11 @@
 
 #define LAST_SIGNAL 64
 #define STDERR_FD 2
+#define CLOSE_RANGE_UNSHARE_FLAG 2
+
+/* Where a child with a private, empty table puts its ends. */
+enum { STATUS_FD = STDERR_FD + 1, FIRST_END_FD };
+
 #define PR_SET_DUMPABLE 4
 #define RLIMIT_NOFILE 7
 
@@ -68,6 +79,11 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_OPEN_PIPES] = "open pipes",
     [SPAWN_CLONE] = "clone",
     [SPAWN_RESET_HANDLERS] = "reset signal handlers",
+    [SPAWN_UNSHARE_FDS] = "unshare file descriptors",
+    [SPAWN_REOPEN_STATUS] = "reopen the status pipe",
+    [SPAWN_REOPEN] = "reopen stdio",
+    [SPAWN_VERIFY] = "verify inherited stdio",
+    [SPAWN_DETACHED] = "report detached",
     [SPAWN_CLOSE_RANGE] = "close file descriptors",
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
@@ -163,6 +179,28 @@ CHILD long child_close_range(long first, long last)
     return result == -ENOSYS || result == -EPERM ? child_close_slowly(first, last) : result;
 }
 
+/* Only on a private table: `to` is overwritten. */
+CHILD long child_reopen(const char *path, long flags, int to)
+{
+    long fd = sys_openat(AT_FDCWD, path, (int)flags | O_CLOEXEC);
+    if (fd < 0 || fd == to)
+        return fd;
+    long result = sys_dup3((int)fd, to, O_CLOEXEC);
+    (void)sys_close((int)fd);
+    return result;
+}
+
+/* struct stat begins with the device and the inode on both architectures. */
+CHILD long child_verify(int fd, const uint64_t *expected)
+{
+    uint64_t stat[32];
+    stat[0] = stat[1] = 0; /* an initializer of the whole could be a call of memset() */
+    long result = sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
+    if (result < 0 && result != -EBADF)
+        return result;
+    return stat[0] == expected[0] && stat[1] == expected[1] ? 0 : -ESTALE;
+}
+
 CHILD long child_inherit(int fd)
 {
     long flags = sys_fcntl(fd, F_GETFD, 0);
@@ -186,6 +224,16 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     switch (step->op) {
     case SPAWN_RESET_HANDLERS:
         return child_reset_handlers();
+    case SPAWN_UNSHARE_FDS:
+        return sys_close_range(STDERR_FD + 1, ~0U, CLOSE_RANGE_UNSHARE_FLAG);
+    case SPAWN_REOPEN_STATUS:
+        return child_reopen(step->data, O_WRONLY, STATUS_FD);
+    case SPAWN_REOPEN:
+        return child_reopen(step->data, step->a, (int)step->b);
+    case SPAWN_VERIFY:
+        return child_verify((int)step->a, step->data);
+    case SPAWN_DETACHED:
+        return sys_write(STATUS_FD, "", 1);
     case SPAWN_CLOSE_RANGE:
         return child_close_range(step->a, step->b);
     case SPAWN_STDIO:
@@ -228,13 +276,16 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
 CHILD void child_main(void *arg)
 {
     const struct spawn_child *child = arg;
+    int status_fd = child->status_fd;
     for (const struct spawn_step *step = child->steps;; step++) {
         long result = child_step(child, step);
         if (result < 0) {
             struct spawn_record record = {.op = (int32_t)step->op, .error = (int32_t)-result};
-            (void)sys_write(child->status_fd, &record, sizeof record);
+            (void)sys_write(status_fd, &record, sizeof record);
             sys_exit_group(255);
         }
+        if (step->op == SPAWN_UNSHARE_FDS)
+            status_fd = STATUS_FD; /* closed, until it has been opened anew */
     }
 }
 
@@ -401,7 +452,8 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
 size_t spawn_step_bound(const struct spawn_request *request)
 {
     size_t kept = request->pass_fd_count + 4; /* with 3 sources and the status pipe */
-    return 1 + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
+    size_t unsharing = 1 + 1 + 3 + 1;
+    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
 }
 
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
@@ -460,11 +512,103 @@ static void add_stdio(const struct spawn_request *request, const struct spawn_en
     }
 }
 
+/* Whether all that the child needs is ours or inherited: a user's fd may be closed
+ * by the user before the child has opened it anew. */
+bool spawn_can_share_fds(const struct spawn_request *request)
+{
+    bool ours = request->close_fds && request->pass_fd_count == 0;
+    for (int i = 0; i < 3; i++)
+        ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
+    return ours;
+}
+
+/* Until the child has a table of its own, whoever closes fd 0, 1 or 2 of the parent
+ * and opens another file there does so for the child too. A duplicate keeps the
+ * inode, by which the child knows the file, from being used again meanwhile. */
+int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child)
+{
+    for (int i = 0; i < 3; i++) {
+        uint64_t stat[32];
+        stat[0] = stat[1] = 0;
+        if (ends->source[i] != SPAWN_INHERIT)
+            continue;
+        long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, STDERR_FD + 1);
+        if (fd < 0 && fd != -EBADF)
+            return (int)fd;
+        ends->child[i] = fd < 0 ? -1 : (int)fd;
+        if (fd >= 0)
+            (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
+        child->inodes[i][0] = stat[0];
+        child->inodes[i][1] = stat[1];
+    }
+    return 0;
+}
+
+static char *append_number(char *to, unsigned number)
+{
+    char digits[10];
+    int count = 0;
+    do
+        digits[count++] = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    while (count > 0)
+        *to++ = digits[--count];
+    return to;
+}
+
+static char *append_text(char *to, const char *text)
+{
+    while (*text)
+        *to++ = *text++;
+    return to;
+}
+
+/* Our fd, as the child finds it: by thread, which may have a fd table of its own. */
+static const char *path_of_fd(struct spawn_child *child, int index, int fd)
+{
+    char *to = append_text(child->paths[index], "/proc/");
+    to = append_number(to, (unsigned)sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0));
+    to = append_number(append_text(to, "/fd/"), (unsigned)fd);
+    *to = '\0';
+    return child->paths[index];
+}
+
+static void add_data_step(struct spawn_child *child, enum spawn_op op, long a, long b, const void *data)
+{
+    child->steps[child->step_count++] = (struct spawn_step){.op = op, .a = a, .b = b, .data = data};
+}
+
+static long access_to(int plan, int i)
+{
+    if (plan == SPAWN_DEVNULL)
+        return O_RDWR;
+    return i == 0 ? O_RDONLY : O_WRONLY;
+}
+
+/* From a shared table to a private one with 0-2, the status pipe and the ends. */
+static void add_unsharing(const struct spawn_request *request, const struct spawn_ends *ends,
+                          struct spawn_child *child)
+{
+    add_step(child, SPAWN_UNSHARE_FDS, 0, 0);
+    add_data_step(child, SPAWN_REOPEN_STATUS, 0, 0, path_of_fd(child, 3, ends->status_write));
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] == SPAWN_INHERIT)
+            add_data_step(child, SPAWN_VERIFY, i, 0, child->inodes[i]);
+        else if (ends->child[i] >= 0)
+            add_data_step(child, SPAWN_REOPEN, access_to(request->stdio[i], i), FIRST_END_FD + i,
+                          path_of_fd(child, i, ends->child[i]));
+    add_step(child, SPAWN_DETACHED, 0, 0);
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] != SPAWN_INHERIT)
+            add_step(child, SPAWN_STDIO, FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
+}
+
 /* Fills in the table of steps, in the order of CPython's child_exec() but for
  * the closing, which comes first, and the mask, which comes last. */
 void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
-                   struct spawn_child *child)
+                   bool shares_fds, struct spawn_child *child)
 {
+    child->shares_fds = shares_fds;
     child->status_fd = ends->status_write;
     child->programs = request->programs;
     child->argv = request->argv;
@@ -472,9 +616,13 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     child->step_count = 0;
     if (rung != SPAWN_DETACHED_CLONE3)
         add_step(child, SPAWN_RESET_HANDLERS, 0, 0);
-    if (request->close_fds)
-        add_closing(request, ends, child);
-    add_stdio(request, ends, child);
+    if (shares_fds) {
+        add_unsharing(request, ends, child);
+    } else {
+        if (request->close_fds)
+            add_closing(request, ends, child);
+        add_stdio(request, ends, child);
+    }
     for (size_t i = 0; i < request->pass_fd_count; i++)
         add_step(child, SPAWN_PASS_FD, request->pass_fds[i], 0);
     for (size_t i = 0; i < request->step_count; i++) {
@@ -503,10 +651,15 @@ static unsigned long rung_flags(enum spawn_rung rung)
     return 0;
 }
 
+static unsigned long clone_flags(const struct spawn_child *child, enum spawn_rung rung)
+{
+    return rung_flags(rung) | (child->shares_fds ? CLONE_FILES : 0);
+}
+
 static long clone3_child(struct spawn_child *child, void *stack, size_t stack_size, int *ret_pidfd)
 {
     const struct sys_clone_args args = {
-        .flags = rung_flags(SPAWN_DETACHED_CLONE3) | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+        .flags = clone_flags(child, SPAWN_DETACHED_CLONE3) | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
         .pidfd = (uintptr_t)ret_pidfd,
         .child_tid = (uintptr_t)&child->in_memory,
         .exit_signal = SIGCHLD,
@@ -524,7 +677,7 @@ static long clone_then_open(struct spawn_child *child, void *stack_top, enum spa
     long placeholder = sys_pidfd_open((int)sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0));
     if (placeholder < 0)
         return placeholder;
-    long pid = sys_clone(rung_flags(rung) | SIGCHLD, stack_top, NULL, &child->in_memory, child_main, child);
+    long pid = sys_clone(clone_flags(child, rung) | SIGCHLD, stack_top, NULL, &child->in_memory, child_main, child);
     (void)sys_close((int)placeholder);
     if (pid < 0)
         return pid;
@@ -547,7 +700,7 @@ static long clone_child(struct spawn_child *child, void *stack, size_t stack_siz
     void *stack_top = (char *)stack + stack_size;
     if (rung == SPAWN_DETACHED_CLONE3)
         return clone3_child(child, stack, stack_size, ret_pidfd);
-    long pid = sys_clone(rung_flags(rung) | CLONE_PIDFD | SIGCHLD, stack_top, ret_pidfd, &child->in_memory,
+    long pid = sys_clone(clone_flags(child, rung) | CLONE_PIDFD | SIGCHLD, stack_top, ret_pidfd, &child->in_memory,
                          child_main, child);
     if (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)
         pid = clone_then_open(child, stack_top, rung, ret_pidfd);

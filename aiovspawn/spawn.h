@@ -24,7 +24,12 @@ enum spawn_op {
     SPAWN_OPEN_PIPES, /* in the parent: pipes and /dev/null for stdio */
     SPAWN_CLONE,      /* in the parent */
     SPAWN_RESET_HANDLERS,
-    SPAWN_CLOSE_RANGE, /* a: first fd, b: last fd */
+    SPAWN_UNSHARE_FDS,   /* this and the next four: only with a shared fd table */
+    SPAWN_REOPEN_STATUS, /* data: path, of the status pipe's write end */
+    SPAWN_REOPEN,        /* a: flags, b: fd it becomes, data: path */
+    SPAWN_VERIFY,        /* a: fd, data: its device and inode as uint64_t, 0 if it is closed */
+    SPAWN_DETACHED,      /* tells the parent that it may close the child's ends */
+    SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
     SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
     SPAWN_CHDIR,       /* data: path */
@@ -71,28 +76,35 @@ struct spawn_request {
     size_t step_count;
 };
 
+/* /proc/TID/fd/FD */
+enum { SPAWN_PATH_SIZE = 32 };
+
 /* What the child reads. It lives in the launch's block until the kernel has
  * cleared `in_memory` (detached rungs), or the clone has returned (the others). */
 struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
     int status_fd;      /* write end of the status pipe, close-on-exec */
+    bool shares_fds;    /* until SPAWN_UNSHARE_FDS, CLONE_FILES */
     uint64_t mask;      /* the calling thread's signal mask */
     const char *const *programs;
     char *const *argv;
     char *const *envp;
     struct spawn_step *steps; /* has room for spawn_step_bound() */
     size_t step_count;
+    char paths[4][SPAWN_PATH_SIZE]; /* of the ends in the parent: stdio, status pipe */
+    uint64_t inodes[3][2];          /* device and inode of an inherited fd 0, 1, 2 */
 };
 
 /* The file descriptors of a launch that the parent opened; -1 where there is none. */
 struct spawn_ends {
     int status_read, status_write;
     int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
-    int child[3];  /* what we opened for the child's fd 0, 1, 2 */
+    int child[3];  /* what we opened for the child's fd 0, 1, 2; with a shared table, a duplicate of what it inherits */
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
 };
 
-/* What the status pipe carries when a step failed. */
+/* What the status pipe carries when a step failed. A child with a shared fd table
+ * writes one byte before, SPAWN_DETACHED. */
 struct spawn_record {
     int32_t op;
     int32_t error;
@@ -107,8 +119,10 @@ void spawn_close_ends(struct spawn_ends *ends);
 int spawn_raise_fd(int fd);
 
 size_t spawn_step_bound(const struct spawn_request *request);
+bool spawn_can_share_fds(const struct spawn_request *request);
+int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child);
 void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
-                   struct spawn_child *child);
+                   bool shares_fds, struct spawn_child *child);
 int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
                 int *ret_pidfd);
 

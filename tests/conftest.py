@@ -158,20 +158,31 @@ def loop_factory(request: pytest.FixtureRequest) -> Callable[[], asyncio.Abstrac
 AS_FOUND = [pytest.param("", id="as found")] if "AIOVSPAWN_TESTS_AS_FOUND" in os.environ else []
 
 
-@pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, "popen"])
+# The best rung once more, with the fd table shared until the child has one of its own, as
+# it is when many files are open.
+SHARED = "detached-clone3, shared fds"
+
+
+def _on_rung(rung: str) -> Iterator[str]:
+    if rung == SHARED:
+        _core.share_fds_from(0)
+        rung = "detached-clone3"
+    ladder.force(rung or None)
+    yield rung
+    ladder.force(None)
+    _core.share_fds_from(-1)
+
+
+@pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED, "popen"])
 def rung(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every rung."""
-    ladder.force(request.param or None)
-    yield request.param
-    ladder.force(None)
+    yield from _on_rung(request.param)
 
 
-@pytest.fixture(params=AS_FOUND or CORE_RUNGS)
+@pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED])
 def core_rung(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every rung of the C core."""
-    ladder.force(request.param or None)
-    yield request.param
-    ladder.force(None)
+    yield from _on_rung(request.param)
 
 
 # ---- the peer -----------------------------------------------------------------

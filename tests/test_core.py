@@ -28,7 +28,7 @@ def hub() -> Iterator[_core.Hub]:
 def launch(
     hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)
 ) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1)
+    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1, True)
 
 
 def wait(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -69,15 +69,15 @@ def test_ids_ascend(hub: _core.Hub) -> None:
     "arguments",
     [
         (),
-        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1),
+        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1, True),
         ((b"/bin/true",), (), None, (0, 1, 2), [], (), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), ("x",), (), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), (), ("x",), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), (), ((1, 2),), True, -1),
-        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1),
-        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1),
-        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1),
-        ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x"),
+        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1, True),
+        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1, True),
+        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1, True),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x", True),
     ],
 )
 def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...]) -> None:
@@ -91,7 +91,7 @@ def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...])
 )
 def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any) -> None:
     with pytest.raises(ValueError, match=r"bad value|no such step"):
-        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1)
+        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True)
 
 
 def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
@@ -101,13 +101,13 @@ def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
             return "/bin/true"
 
     argv: list[Any] = [Shrinking(), *["x" * 1000] * 100]
-    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1)
+    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True)
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
 def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
     environment = [b"V%d=%s" % (i, b"x" * 1000) for i in range(500)]
-    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1)
+    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True)
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
@@ -210,6 +210,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "reap_orphans": lambda hub: _core.reap_orphans(),
     "in_flight_before": lambda hub: _core.in_flight_before(2**63),
     "probe": lambda hub: [_core.probe(name) for name in _core.FEATURES],
+    "share_fds_from": lambda hub: _core.share_fds_from(-1),
     "counts": lambda hub: _core.counts(),
 }
 

@@ -30,6 +30,7 @@ KILLED_EVERYWHERE = (
 import asyncio, os, sys, aiovspawn
 from aiovspawn import PIPE, _core
 program, keywords = sys.argv[1], eval(sys.argv[2])
+_core.share_fds_from(int(sys.argv[3]))
 async def main():
     killed, passed = 0, 0
     fds = None
@@ -64,6 +65,7 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_program(tmp_path_factory.mktemp("killer") / "killer", "-O1", str(HERE / "c" / "killer.c"))
 
 
+@pytest.mark.parametrize("share_fds_from", [-1, 0], ids=["copied fds", "shared fds"])
 @pytest.mark.parametrize("program", ["/bin/true", "/nonexistent"])
 @pytest.mark.parametrize(
     "keywords",
@@ -71,10 +73,15 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["plain", "many steps"],
 )
 def test_child_killed_at_each_of_its_system_calls(
-    core_rung: str, killer: Path, python: list[str], program: str, keywords: dict[str, Any]
+    core_rung: str,
+    killer: Path,
+    python: list[str],
+    program: str,
+    keywords: dict[str, Any],
+    share_fds_from: int,
 ) -> None:
     done = subprocess.run(
-        [killer, *python, "-c", KILLED_EVERYWHERE, program, repr(keywords)],
+        [killer, *python, "-c", KILLED_EVERYWHERE, program, repr(keywords), str(share_fds_from)],
         env=os.environ | {"AIOVSPAWN_RUNG": core_rung},
         stderr=subprocess.PIPE,
         text=True,
@@ -309,7 +316,7 @@ os.waitpid(pid, 0x40000000)
 def test_zombie_held_by_a_tracer_does_not_spin_the_loop(python: list[str]) -> None:
     hub = _core.Hub()
     events: deque[Any] = deque()
-    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1)
+    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1, True)
     command = [*python, "-c", TRACER, str(child.pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
         assert tracer.stdin is not None

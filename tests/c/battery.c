@@ -65,7 +65,7 @@ static struct block *block_for(const char *const *argv, const struct spawn_step 
 
 static int start_block(struct hub *hub, struct block *block, struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    int result = launch_start(hub, &block, rung, ret_launch, ret_op);
+    int result = launch_start(hub, &block, rung, true, ret_launch, ret_op);
     if (block)
         block_free(block);
     return result;
@@ -440,7 +440,7 @@ static void steps_close_what_is_between_the_kept(void)
     ends.source[2] = ends.child[2] = 20;
     struct spawn_step steps[64];
     struct spawn_child child = {.steps = steps};
-    spawn_prepare(&request, &ends, SPAWN_DETACHED_CLONE3, &child);
+    spawn_prepare(&request, &ends, SPAWN_DETACHED_CLONE3, false, &child);
     static const struct spawn_step expected[] = {
         {SPAWN_CLOSE_RANGE, 3, 4, NULL},   {SPAWN_CLOSE_RANGE, 8, 8, NULL},
         {SPAWN_CLOSE_RANGE, 10, 11, NULL}, {SPAWN_CLOSE_RANGE, 13, 19, NULL},
@@ -454,6 +454,45 @@ static void steps_close_what_is_between_the_kept(void)
     CHECK(child.step_count <= spawn_step_bound(&request));
     for (size_t i = 0; i < child.step_count; i++)
         CHECK(steps[i].op == expected[i].op && steps[i].a == expected[i].a && steps[i].b == expected[i].b);
+}
+
+/* What becomes of a child that shares our fd table and finds another file at fd 0
+ * than the one it was to inherit. */
+static void replaced_stdin_is_noticed(void)
+{
+    static const char *const programs[] = {"/bin/true", NULL};
+    struct spawn_request request = {
+        .stdio = {SPAWN_INHERIT, SPAWN_DEVNULL, SPAWN_PIPE},
+        .close_fds = true,
+        .programs = programs,
+        .argv = (char *const *)(uintptr_t)true_argv,
+        .envp = (char *const *)(uintptr_t)no_environment,
+    };
+    struct spawn_step steps[64];
+    struct spawn_child child = {.steps = steps};
+    struct spawn_ends ends;
+    struct spawn_record record;
+    enum spawn_op op;
+    static _Alignas(16) char stack[16 * 1024];
+    CHECK(spawn_can_share_fds(&request));
+    CHECK(spawn_open_ends(&request, &ends, &op) == 0);
+    CHECK(spawn_keep_inherited(&ends, &child) == 0);
+    int old = dup(0), other = open("/dev/zero", O_RDONLY);
+    CHECK(dup2(other, 0) == 0);
+    spawn_prepare(&request, &ends, rung, spawn_is_detached(rung), &child);
+    CHECK(child.step_count <= spawn_step_bound(&request));
+    int pidfd = -1, status;
+    int pid = spawn_clone(&child, stack, sizeof stack, rung, &pidfd);
+    CHECK(pid > 0);
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(dup2(old, 0) == 0);
+    if (spawn_is_detached(rung)) {
+        CHECK(read(ends.status_read, &record, sizeof record) == sizeof record);
+        CHECK(record.op == SPAWN_VERIFY && record.error == ESTALE);
+    } else {
+        CHECK(status == 0);
+    }
+    spawn_close_ends(&ends);
 }
 
 /* A child of spawn_clone() itself, on a stack that shows how deep it went. */
@@ -478,7 +517,7 @@ static void child_needs_little_stack(void)
     request.argv = (char *const *)(uintptr_t)true_argv;
     request.envp = (char *const *)(uintptr_t)no_environment;
     struct spawn_child child = {.steps = steps};
-    spawn_prepare(&request, &ends, rung, &child);
+    spawn_prepare(&request, &ends, rung, false, &child);
     int pidfd = -1, status;
     int pid = spawn_clone(&child, stack, SIZE, rung, &pidfd);
     CHECK(pid > 0 && pidfd > 2);
@@ -530,7 +569,7 @@ static void failed_clone_leaves_no_number_of_a_pidfd(void)
     enum spawn_op op;
     CHECK(spawn_open_ends(&request, &ends, &op) == 0);
     struct spawn_child child = {.steps = steps};
-    spawn_prepare(&request, &ends, rung, &child);
+    spawn_prepare(&request, &ends, rung, false, &child);
     int pidfd = 12345;
     CHECK(spawn_clone(&child, stack, sizeof stack, rung, &pidfd) == -EAGAIN);
     CHECK(pidfd == -1);
@@ -563,6 +602,7 @@ static const struct {
     TEST(many_launches_end_well),
     TEST(steps_close_what_is_between_the_kept),
     TEST(child_needs_little_stack),
+    TEST(replaced_stdin_is_noticed),
 };
 enum { TESTS = sizeof tests / sizeof *tests };
 

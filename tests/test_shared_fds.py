@@ -1,0 +1,192 @@
+"""Launches of a parent with many open files: they share its fd table until the child has its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import HERE, on_loop
+
+import aiovspawn
+from aiovspawn import DEVNULL, PIPE
+
+MANY = 600
+
+
+@pytest.fixture
+def many_fds() -> Iterator[None]:
+    with ExitStack() as stack:
+        for _ in range(MANY):
+            stack.enter_context(open(os.devnull))
+        yield
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+@pytest.mark.parametrize(
+    ("fds", "keywords", "shares"),
+    [
+        (0, "stdout=PIPE", False),
+        (600, "stdout=PIPE", True),
+        (600, "", True),
+        (600, "stdin=PIPE, stdout=DEVNULL, stderr=STDOUT", True),
+        (600, "pass_fds=(5,)", False),
+        (600, "stdin=5", False),
+        (600, "close_fds=False", False),
+    ],
+)
+def test_which_launches_share(tmp_path: Path, fds: int, keywords: str, shares: bool) -> None:
+    code = f"""
+import asyncio, os, aiovspawn
+from aiovspawn import PIPE, DEVNULL, STDOUT
+async def main():
+    await (await aiovspawn.create_subprocess_exec("/bin/true")).wait()
+    files = [os.open("/dev/null", os.O_RDONLY) for _ in range({fds})]
+    os.dup2(0, 5)
+    process = await aiovspawn.create_subprocess_exec("/bin/true", {keywords})
+    await process.communicate()
+    assert process.returncode == 0
+aiovspawn.run(main())
+"""
+    log = tmp_path / "log"
+    subprocess.run(["strace", "-f", "-e", "trace=clone3", "-o", log, sys.executable, "-c", code], check=True)
+    first, second = (line for line in log.read_text().splitlines() if "CLONE_PIDFD" in line)
+    assert "CLONE_FILES" not in first
+    assert ("CLONE_FILES" in second) == shares
+
+
+async def test_burst_of_launches_from_one_turn_of_the_loop(many_fds: None) -> None:
+    async def one(number: int) -> None:
+        process = await aiovspawn.create_subprocess_exec("cat", stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        data = str(number).encode() * 1000
+        assert await process.communicate(data) == (data, None)
+
+    await asyncio.gather(*(one(number) for number in range(64)))
+
+
+async def test_child_has_nothing_but_its_stdio(many_fds: None) -> None:
+    process = await aiovspawn.create_subprocess_exec(
+        "ls", "/proc/self/fd", stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    assert (await process.communicate())[0].split() == [b"0", b"1", b"2", b"3"]
+
+
+async def test_inherited_stdio_is_the_parents_own_file_description(many_fds: None, tmp_path: Path) -> None:
+    """A file opened anew would have an offset of its own."""
+    old = os.dup(1)
+    with open(tmp_path / "out", "w+b") as out:
+        os.dup2(out.fileno(), 1)
+        try:
+            for text in b"one ", b"two ":
+                process = await aiovspawn.create_subprocess_exec("printf", text)
+                assert await process.wait() == 0
+        finally:
+            os.dup2(old, 1)
+            os.close(old)
+        assert (tmp_path / "out").read_bytes() == b"one two "
+
+
+async def test_files_closed_right_after_the_launch_do_no_harm(many_fds: None) -> None:
+    """The parent goes on with its table while the child still shares it."""
+    for _ in range(200):
+        fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+        launch = asyncio.ensure_future(
+            aiovspawn.create_subprocess_exec("echo", "hello", stdin=DEVNULL, stdout=PIPE)
+        )
+        await asyncio.sleep(0)
+        for fd in fds:
+            os.close(fd)
+        process = await launch
+        assert (await process.communicate())[0] == b"hello\n"
+
+
+SHARING = """
+import asyncio, os, sys, aiovspawn
+from aiovspawn import _core
+_core.share_fds_from(0)
+async def main():
+    for number in range(4):
+        process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+        assert await process.communicate(b"x" * 100000) == (b"x" * 100000, None)
+        shared.append(process._transport._may_share_fds)
+    try:
+        await aiovspawn.create_subprocess_exec("/nonexistent")
+    except FileNotFoundError:
+        pass
+    else:
+        raise AssertionError
+shared = []
+"""
+
+
+@pytest.mark.parametrize(
+    "filters", ["close_range-enosys", "clone3-enosys", "close_range-enosys,clone3-eperm"]
+)
+def test_refused_sharing_is_repeated_with_a_copy_and_not_tried_again(python: list[str], filters: str) -> None:
+    code = f"""
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+aiovspawn.run(main())
+assert shared == [True] * 4
+shared.clear()
+for name in {filters!r}.split(","):
+    seccomp.install(name)
+aiovspawn.run(main())
+assert shared == [{"close_range" not in filters}, True, True, True], shared
+"""
+    on_loop(SHARING + code, python)
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+@pytest.mark.parametrize("proc", [("--tmpfs", "/proc"), ("--proc", "/proc")])
+def test_in_a_sandbox(python: list[str], proc: tuple[str, str]) -> None:
+    bwrap = ["bwrap", "--unshare-all", "--dev-bind", "/", "/", *proc]
+    code = SHARING + "aiovspawn.run(main()); assert shared == [True] * 4"
+    subprocess.run([*bwrap, *python, "-c", code], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize("dumpable", [0, 1])
+def test_as_an_unprivileged_user(python: list[str], dumpable: int) -> None:
+    code = f"""
+import aiovspawn._transport, ctypes
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+ctypes.CDLL(None).prctl(4, {dumpable}, 0, 0, 0)
+aiovspawn.run(main())
+assert shared == [{bool(dumpable)}, True, True, True], shared
+"""
+    on_loop(SHARING + code, python)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+async def test_beside_launches_that_change_ids(many_fds: None) -> None:
+    async def one(number: int) -> None:
+        keywords = {"user": 65534} if number % 3 == 0 else {}
+        process = await aiovspawn.create_subprocess_exec("echo", "hello", stdout=PIPE, **keywords)
+        assert (await process.communicate())[0] == b"hello\n"
+
+    await asyncio.gather(*(one(number) for number in range(200)))
+
+
+def test_thread_with_a_fd_table_of_its_own(python: list[str]) -> None:
+    """Its fds are not those of /proc/self/fd."""
+    code = """
+import ctypes, threading
+def thread():
+    assert ctypes.CDLL(None).unshare(0x400) == 0  # CLONE_FILES
+    for fd in others:
+        os.close(fd)
+    aiovspawn.run(main())
+others = [os.open("/etc/hostname", os.O_RDONLY) for _ in range(40)]
+thread = threading.Thread(target=thread)
+thread.start()
+thread.join()
+assert shared == [True] * 4
+"""
+    on_loop(SHARING + code, python)
