@@ -20,7 +20,19 @@
 #include "spawn.h"
 
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/types.h>
+
+/* Newer than some libc headers. */
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
 
 struct hub;
 

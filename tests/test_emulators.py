@@ -66,11 +66,11 @@ def plain_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("battery"), "cc", ["-O2"])
 
 
+# On the rung that launches take there; between a fork and the exec valgrind loses signals.
 @needs("valgrind")
-@pytest.mark.parametrize("rung", ["vfork", "fork"])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_ON_VALGRIND))
-def test_battery_under_valgrind(plain_battery: Path, name: str, rung: str) -> None:
-    battery(["valgrind", "--quiet", "--tool=none", plain_battery], name, rung)
+def test_battery_under_valgrind(plain_battery: Path, name: str) -> None:
+    battery(["valgrind", "--quiet", "--tool=none", plain_battery], name, "vfork")
 
 
 @needs("valgrind")
