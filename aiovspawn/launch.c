@@ -183,6 +183,11 @@ static void show_memory_locked(struct launch *launch)
         (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
 }
 
+bool launch_hides_memory_locked(void)
+{
+    return hiding > 0;
+}
+
 static bool changes_ids(const struct spawn_request *request)
 {
     for (size_t i = 0; i < request->step_count; i++)
@@ -458,7 +463,10 @@ static size_t reap_orphans_locked(void)
         next = launch->next;
         if (!launch->closed || launch->pidfd < 0)
             continue;
-        (void)launch_left_memory_locked(launch);
+        if (launch_left_memory_locked(launch)) {
+            set_detached_locked(launch);
+            launch_close_slot_locked(launch, LAUNCH_STATUS);
+        }
         if (launch_reap_locked(launch)) {
             counts.orphans--;
             bury_locked(launch);
@@ -481,9 +489,12 @@ static void close_locked(struct launch *launch)
     if (launch->closed)
         return;
     launch->closed = true;
-    for (int slot = 0; slot <= LAUNCH_STATUS; slot++)
+    for (int slot = 0; slot <= LAUNCH_STDERR; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
+    hub_unwatch_locked(launch, LAUNCH_STATUS);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
+    if (!launch->shares_fds) /* a child that does would fail to say that it has a table of its own */
+        launch_close_slot_locked(launch, LAUNCH_STATUS);
     launch->hub = NULL;
     if (launch->verdict == LAUNCH_PENDING)
         launch->verdict = LAUNCH_EXECED; /* nobody will ask */
@@ -628,8 +639,9 @@ static int watch_child_locked(struct launch *launch)
 
 /* Launches what *block describes, on one rung. Once there is a child the block is
  * the launch's, and *block is NULL; before, a failure leaves nothing behind and
- * the block to the caller. may_share: the fd table, see shares_fds_locked(). *ret_op says where it failed. The fork and vfork rungs
- * take as long as the child's exec. */
+ * the block to the caller. may_share: the fd table, see shares_fds_locked().
+ * *ret_op says where it failed. The fork and vfork rungs take as long as the
+ * child's exec. */
 int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
                  struct launch **ret_launch, enum spawn_op *ret_op)
 {

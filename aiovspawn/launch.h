@@ -124,5 +124,6 @@ void launch_close_slot_locked(struct launch *launch, enum launch_slot slot);
 bool launch_read_status_locked(struct launch *launch);
 bool launch_reap_locked(struct launch *launch);
 bool launch_left_memory_locked(struct launch *launch);
+bool launch_hides_memory_locked(void);
 
 #endif

@@ -7,6 +7,7 @@
 #include <limits.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -19,24 +20,25 @@ const char *const probe_names[PROBES] = {
     [PROBE_PIDFD_INFO] = "pidfd_info",
     [PROBE_CLOSE_RANGE] = "close_range",
     [PROBE_PROCFS] = "procfs",
+    [PROBE_SHARED_FDS] = "shared_fds",
 };
 
-/* Launches a child that finds no program to run and ends, and waits for that. The
+static const char *const no_program[] = {NULL};
+
+/* Clones a child that finds no program to run and ends, and waits for that. The
  * mutex: another thread's fork must not keep the pidfd. */
 static int clone_locked(struct block *block, enum spawn_rung rung, int *ret_pidfd)
 {
-    static const char *const no_program[] = {NULL};
-    struct spawn_step steps[] = {{.op = SPAWN_RESET_HANDLERS}, {.op = SPAWN_EXEC}};
     size_t stack_size;
     void *stack = block_stack(block, &stack_size);
     siginfo_t info;
-    block->child = (struct spawn_child){.status_fd = -1, .programs = no_program, .steps = steps};
     int pid = spawn_clone(&block->child, stack, stack_size, rung, ret_pidfd);
     if (pid < 0)
         return pid;
+    info.si_code = CLD_EXITED; /* also where somebody else has reaped it */
     while (waitid(P_PID, (id_t)pid, &info, WEXITED) < 0 && errno == EINTR)
         ;
-    return 0;
+    return info.si_code == CLD_EXITED ? 0 : -EAGAIN; /* killed by somebody */
 }
 
 /* Gives the pidfd of a child that has been reaped. */
@@ -47,6 +49,8 @@ static int try_rung(enum spawn_rung rung, int *ret_pidfd)
     struct block *block = block_new(0);
     if (!block)
         return -ENOMEM;
+    struct spawn_step steps[] = {{.op = SPAWN_RESET_HANDLERS}, {.op = SPAWN_EXEC}};
+    block->child = (struct spawn_child){.status_fd = -1, .programs = no_program, .steps = steps};
     launch_lock();
     int result = clone_locked(block, rung, ret_pidfd);
     launch_unlock();
@@ -111,6 +115,70 @@ static int probe_procfs(void)
     return atoi(target) == getpid() ? 0 : -ESRCH;
 }
 
+/* How far the child came: to where it looks for a program, or to where it failed.
+ * It says nothing if it could not open the status pipe anew. */
+static int read_record(int status_read)
+{
+    char said[1 + sizeof(struct spawn_record)];
+    struct spawn_record record = {.op = SPAWN_REOPEN_STATUS, .error = EACCES};
+    ssize_t size = read(status_read, said, sizeof said);
+    if (size >= (ssize_t)sizeof record)
+        memcpy(&record, said + size - sizeof record, sizeof record);
+    return record.op > SPAWN_REOPEN ? 0 : -record.error;
+}
+
+static int share_fds_locked(struct block *block, struct spawn_ends *ends, enum spawn_rung rung)
+{
+    enum spawn_op op;
+    int pidfd = -1, result = spawn_open_ends(&block->request, ends, &op);
+    if (result == 0)
+        result = spawn_keep_inherited(ends, &block->child);
+    if (result < 0)
+        return result;
+    spawn_prepare(&block->request, ends, rung, true, &block->child);
+    result = clone_locked(block, rung, &pidfd);
+    if (pidfd >= 0)
+        (void)close(pidfd);
+    if (result == 0)
+        result = read_record(ends->status_read);
+    return result < 0 && launch_hides_memory_locked() ? -EAGAIN : result;
+}
+
+/* A launch with the fd table shared until the child has one of its own, on one rung. */
+static int try_shared_fds(enum spawn_rung rung)
+{
+    struct spawn_request request = {
+        .programs = no_program,
+        .stdio = {SPAWN_INHERIT, SPAWN_PIPE, SPAWN_INHERIT},
+        .close_fds = true,
+    };
+    size_t table = spawn_step_bound(&request) * sizeof(struct spawn_step);
+    struct spawn_ends ends;
+    struct block *block = block_new(table);
+    if (!block)
+        return -ENOMEM;
+    block->request = request;
+    block->child = (struct spawn_child){.steps = block_take(block, table)};
+    spawn_ends_init(&ends);
+    launch_lock();
+    int result = share_fds_locked(block, &ends, rung);
+    spawn_close_ends(&ends);
+    launch_unlock();
+    block_free(block);
+    return result;
+}
+
+static int probe_shared_fds(void)
+{
+    int result = probe_procfs();
+    if (result < 0)
+        return result;
+    result = -ENOSYS;
+    for (int rung = (int)spawn_best_rung(); rung <= SPAWN_DETACHED_CLONE && result < 0; rung++)
+        result = try_shared_fds((enum spawn_rung)rung);
+    return result;
+}
+
 /* 0 if it works here; -errno if not, or if it could not be tried (-ENOMEM, -EMFILE,
  * -ENFILE, -EAGAIN). */
 int probe_try(enum probe probe)
@@ -130,6 +198,8 @@ int probe_try(enum probe probe)
         return probe_close_range();
     case PROBE_PROCFS:
         return probe_procfs();
+    case PROBE_SHARED_FDS:
+        return probe_shared_fds();
     case PROBES:
         break;
     }

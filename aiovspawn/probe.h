@@ -16,6 +16,7 @@ enum probe {
     PROBE_PIDFD_INFO,
     PROBE_CLOSE_RANGE,
     PROBE_PROCFS,
+    PROBE_SHARED_FDS,
     PROBES,
 };
 

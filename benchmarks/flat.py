@@ -176,9 +176,8 @@ def print_parents(arguments: argparse.Namespace) -> None:
             assert isinstance(measured, dict)
             for name, row in measured.items():
                 rows.setdefault((name, parent), []).append(row)
-    print(
-        f"{'launcher':<16} {'parent has':<26} {'a second':>8} {'ratio':>6} {'asyncio':>7} {'loop us':>8} {'ratio':>6}"
-    )
+    columns = f"{'a second':>8} {'ratio':>6} {'asyncio':>7} {'loop us':>8} {'ratio':>6}"
+    print(f"{'launcher':<16} {'parent has':<26} {columns}")
     median = {
         key: [statistics.median(column) for column in zip(*measured, strict=True)]
         for key, measured in rows.items()
@@ -186,9 +185,8 @@ def print_parents(arguments: argparse.Namespace) -> None:
     for (name, parent), (rate, cpu) in sorted(median.items(), key=lambda item: item[0][0]):
         rate0, cpu0 = median[name, "nothing"]
         peer = median["asyncio", parent][0]
-        print(
-            f"{name:<16} {parent:<26} {rate:8.0f} {rate / rate0:6.2f} {rate / peer:6.2f}x {cpu:8.0f} {cpu / cpu0:6.2f}"
-        )
+        numbers = f"{rate:8.0f} {rate / rate0:6.2f} {rate / peer:6.2f}x {cpu:8.0f} {cpu / cpu0:6.2f}"
+        print(f"{name:<16} {parent:<26} {numbers}")
 
 
 def print_gaps(arguments: argparse.Namespace) -> None:

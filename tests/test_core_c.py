@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import HERE, compile_program
+from conftest import HERE, SHARED, compile_program
 
 from aiovspawn import _core
 from aiovspawn._launch import CORE_RUNGS
@@ -50,7 +50,7 @@ def sanitizers_of(compiler: str) -> bool:
     return subprocess.run(command, input=b"int main(void){return 0;}", capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("number", range(len(CORE_RUNGS)), ids=CORE_RUNGS)
+@pytest.mark.parametrize("number", range(len(CORE_RUNGS) + 1), ids=[*CORE_RUNGS, SHARED])
 @pytest.mark.parametrize("name", NAMES)
 def test_battery(battery: Path, name: str, number: int) -> None:
     done = subprocess.run([battery, name, str(number)], timeout=60, capture_output=True, text=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 from dataclasses import fields
 
 import pytest
-from conftest import EXPECT_NO_CHILD
+from conftest import EXPECT_NO_CHILD, HERE
 
 import aiovspawn
 from aiovspawn import Feature, _core
@@ -97,5 +99,44 @@ import aiovspawn
 features = aiovspawn.features()
 assert features.rung == "delegate" and "without its C core" in features.reason, features
 assert not features.detached_clone3 and "without its C core" in features.detached_clone3.reason
+"""
+    subprocess.run([*python, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reason"),
+    [
+        (["bwrap", "--unshare-all", "--dev-bind", "/", "/", "--tmpfs", "/proc"], "ENOENT"),
+        (["bwrap", "--unshare-user", "--unshare-pid", "--dev-bind", "/", "/"], "E(NOENT|SRCH)"),
+        ([], "ENOSYS"),
+    ],
+    ids=["without procfs", "procfs of another pid namespace", "close_range refused"],
+)
+def test_sharing_of_fds_says_why_not(python: list[str], prefix: list[str], reason: str) -> None:
+    if prefix and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap is not installed")
+    code = f"""
+import sys, aiovspawn
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+{"" if prefix else "seccomp.install('close_range-enosys')"}
+features = aiovspawn.features()
+assert not features.shared_fds
+print(features.shared_fds.reason)
+"""
+    output = subprocess.check_output([*prefix, *python, "-c", code], text=True)
+    assert re.match(reason, output), output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")
+@pytest.mark.parametrize("dumpable", [0, 1])
+def test_sharing_of_fds_needs_memory_that_is_not_hidden(python: list[str], dumpable: int) -> None:
+    code = f"""
+import os, ctypes, aiovspawn, aiovspawn._features, aiovspawn._hub, aiovspawn._transport
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+ctypes.CDLL(None).prctl(4, {dumpable}, 0, 0, 0)
+feature = aiovspawn.features().shared_fds
+assert feature.available == {bool(dumpable)}, feature
+assert feature.reason.startswith({"" if dumpable else "EACCES"!r}), feature
 """
     subprocess.run([*python, "-c", code], check=True)

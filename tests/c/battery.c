@@ -2,7 +2,7 @@
  *
  *   battery --list        the names of the tests
  *   battery NAME          runs one: exit status 0 passed, 1 failed
- *   battery NAME RUNG     on one rung, by number
+ *   battery NAME RUNG     on one rung, by number; one past the last: the best, with a shared fd table
  */
 #define _GNU_SOURCE
 #include "hub.h"
@@ -12,7 +12,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -210,6 +212,29 @@ static void closed_launch_can_still_be_polled(void)
     CHECK(launch_signal(launch, SIGTERM) == -ESRCH);
     CHECK(launch_reap_orphans() == 0);
     CHECK(launch_count().launches == 1);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
+/* Nobody hears of it any more, and yet it gets its program, and its ends are closed here. */
+static void closed_launch_still_execs(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds(), returncode = 0;
+    struct block *block = block_for(sleep_argv, NULL, 0);
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    block->request.stdio[0] = SPAWN_PIPE;
+    CHECK(start_block(hub, block, &launch, &op) == 0);
+    launch_close(launch);
+    while (launch->block)
+        CHECK(launch_reap_orphans() == 1);
+    CHECK(count_fds() == fds + 1); /* the pidfd */
+    CHECK(!launch_poll(launch, &returncode));
+    CHECK(launch_signal(launch, SIGKILL) == 0);
+    while (!launch_poll(launch, &returncode))
+        usleep(100);
+    CHECK(returncode == -SIGKILL);
     launch_free(launch);
     expect_nothing_left(hub, fds);
 }
@@ -577,6 +602,69 @@ static void failed_clone_leaves_no_number_of_a_pidfd(void)
     _exit(0); /* the leak sanitizer needs a thread and the right to trace itself */
 }
 
+/* Forks as fast as it can; the children live until the gate is closed. */
+enum { STORM_FORKS = 200 };
+static int storm_gate[2];
+static atomic_int storm_forks;
+
+static void *storm(void *unused)
+{
+    while (atomic_load(&storm_forks) < STORM_FORKS) {
+        pid_t pid = fork();
+        CHECK(pid >= 0);
+        if (pid == 0) {
+            char byte;
+            (void)close(storm_gate[1]);
+            _exit(read(storm_gate[0], &byte, 1) == 0 ? 0 : 1);
+        }
+        atomic_fetch_add(&storm_forks, 1);
+    }
+    return unused;
+}
+
+/* No fork handler of Python's runs here: a forked child that kept a status pipe or an
+ * output pipe would keep the launch from its verdict or its end of file. */
+static void forks_in_another_thread_hold_nothing_up(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds(), launches = 0;
+    pthread_t thread;
+    CHECK(pipe2(storm_gate, O_CLOEXEC) == 0);
+    CHECK(pthread_create(&thread, NULL, storm, NULL) == 0);
+    static const char *const argv[] = {"/bin/echo", "hello", NULL};
+    while (atomic_load(&storm_forks) < STORM_FORKS || launches == 0) {
+        struct launch *batch[8];
+        for (int i = 0; i < 8; i++) {
+            struct block *block = block_for(argv, NULL, 0);
+            enum spawn_op op;
+            block->request.stdio[1] = SPAWN_PIPE;
+            CHECK(start_block(hub, block, &batch[i], &op) == 0);
+            launches++;
+        }
+        struct pollfd ready = {.fd = hub->epoll_fd, .events = POLLIN};
+        for (int ended = 0, execed = 0, exited = 0; ended < 8 || execed < 8 || exited < 8;) {
+            CHECK(poll(&ready, 1, 10000) == 1);
+            int count = hub_drain(hub);
+            for (int i = 0; i < count; i++) {
+                ended += hub->events[i].kind == HUB_STDOUT && !hub->events[i].size;
+                execed += hub->events[i].kind == HUB_EXECED;
+                exited += hub->events[i].kind == HUB_EXITED;
+            }
+            hub_done(hub);
+        }
+        for (int i = 0; i < 8; i++)
+            launch_free(batch[i]);
+    }
+    CHECK(pthread_join(thread, NULL) == 0);
+    (void)close(storm_gate[0]);
+    (void)close(storm_gate[1]);
+    for (int i = 0; i < STORM_FORKS; i++) {
+        int status;
+        CHECK(waitpid(-1, &status, 0) > 0 && status == 0);
+    }
+    expect_nothing_left(hub, fds);
+}
+
 #define TEST(name) {#name, name}
 static const struct {
     const char *name;
@@ -588,6 +676,7 @@ static const struct {
     TEST(block_is_freed_at_exec_not_at_exit),
     TEST(freed_launch_becomes_an_orphan_and_is_reaped),
     TEST(closed_launch_can_still_be_polled),
+    TEST(closed_launch_still_execs),
     TEST(mask_is_restored_on_success_and_failure),
     TEST(running_out_of_fds_anywhere_leaves_nothing),
     TEST(output_is_handed_over_with_its_end),
@@ -603,6 +692,7 @@ static const struct {
     TEST(steps_close_what_is_between_the_kept),
     TEST(child_needs_little_stack),
     TEST(replaced_stdin_is_noticed),
+    TEST(forks_in_another_thread_hold_nothing_up),
 };
 enum { TESTS = sizeof tests / sizeof *tests };
 
@@ -613,6 +703,10 @@ int main(int argc, char **argv)
         return 2;
     if (argc > 2)
         rung = (enum spawn_rung)atoi(argv[2]);
+    if (rung == SPAWN_RUNGS) {
+        rung = SPAWN_DETACHED_CLONE3;
+        launch_share_fds_from(0);
+    }
     for (int i = 0; i < TESTS; i++) {
         if (!strcmp(argv[1], "--list"))
             puts(tests[i].name);
