@@ -11,8 +11,8 @@ from setuptools import Extension, setup
 
 core = Extension(
     "aiovspawn._core",
-    sources=[f"aiovspawn/{name}.c" for name in ("_core", "hub", "launch", "probe", "spawn")],
-    depends=[f"aiovspawn/{name}.h" for name in ("hub", "launch", "probe", "spawn", "sys")],
+    sources=[f"aiovspawn/{name}.c" for name in ("_core", "_oneshot", "hub", "launch", "probe", "spawn")],
+    depends=[f"aiovspawn/{name}.h" for name in ("_oneshot", "hub", "launch", "probe", "spawn", "sys")],
     extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
 )
 

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING
 from ._features import Feature, Features, features
 from ._loop import EventLoop, attach, new_event_loop, run
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
+from ._run import CompletedProcess, OutputLimitExceeded, run_process
 
 __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "CompletedProcess",
     "EventLoop",
     "Feature",
     "Features",
+    "OutputLimitExceeded",
     "Process",
     "attach",
     "create_subprocess_exec",
@@ -22,6 +25,7 @@ __all__ = [
     "features",
     "new_event_loop",
     "run",
+    "run_process",
 ]
 if sys.version_info < (3, 14):
     __all__ += ["EventLoopPolicy", "install"]

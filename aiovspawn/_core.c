@@ -7,8 +7,7 @@
  * Neither type holds a Python object, so neither takes part in garbage
  * collection. A Launch is known to its hub by its number, which events carry.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_oneshot.h"
 
 #include "hub.h"
 #include "launch.h"
@@ -36,6 +35,7 @@ typedef struct {
     pid_t pid;
     bool contended;
     enum spawn_rung rung;
+    struct one_shot one_shot; /* used where run_process() launches */
 } LaunchObject;
 
 static PyModuleDef core_module;
@@ -211,6 +211,8 @@ struct launch_arguments {
     PyObject *pass_fds, *steps;
     int stdio[3];
     int close_fds, pipe_size, may_share;
+    bool one_shot;
+    Py_ssize_t limit; /* of a one-shot's output */
 };
 
 static size_t arena_size(const struct launch_arguments *args, size_t *ret_environ_count)
@@ -300,30 +302,30 @@ static bool is_refusal(int result, enum spawn_op op, const struct block *block)
 }
 
 /* One rung. Those that wait for the child's exec let other threads run. */
-static int start_on(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+static int start_on(struct hub *hub, struct block **block, const struct launch_options *options,
                     struct launch **ret_launch, enum spawn_op *ret_op)
 {
     int result;
-    if (spawn_is_detached(rung))
-        return launch_start(hub, block, rung, may_share, ret_launch, ret_op);
+    if (spawn_is_detached(options->rung))
+        return launch_start(hub, block, options, ret_launch, ret_op);
     Py_BEGIN_ALLOW_THREADS
-    result = launch_start(hub, block, rung, may_share, ret_launch, ret_op);
+    result = launch_start(hub, block, options, ret_launch, ret_op);
     Py_END_ALLOW_THREADS
     return result;
 }
 
 /* Starts at the rung in use and steps down where one is refused, also when that
  * happens only now: a filter may have been installed since the last launch. */
-static int start_on_ladder(struct hub *hub, struct block **block, bool may_share, enum spawn_rung *ret_rung,
+static int start_on_ladder(struct hub *hub, struct block **block, struct launch_options *options,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    int rung = current_rung();
-    int result = start_on(hub, block, (enum spawn_rung)rung, may_share, ret_launch, ret_op);
-    while (is_refusal(result, *ret_op, *block) && rung < SPAWN_FORK && !atomic_load(&rung_forced))
-        result = start_on(hub, block, (enum spawn_rung)++rung, may_share, ret_launch, ret_op);
+    int rung = current_rung(), result;
+    do {
+        options->rung = (enum spawn_rung)rung;
+        result = start_on(hub, block, options, ret_launch, ret_op);
+    } while (is_refusal(result, *ret_op, *block) && ++rung < SPAWN_RUNGS && !atomic_load(&rung_forced));
     if (result == 0 && !atomic_load(&rung_forced))
         atomic_store(&rung_in_use, rung);
-    *ret_rung = (enum spawn_rung)rung;
     return result;
 }
 
@@ -354,12 +356,14 @@ static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
 /* ---- Launch ---------------------------------------------------------------------- */
 
 /* Made before there is a child, so that nothing can fail after. */
-static LaunchObject *new_launch_object(HubObject *hub)
+static LaunchObject *new_launch_object(HubObject *hub, Py_ssize_t limit)
 {
     core_state *state = state_of(Py_TYPE(hub));
     LaunchObject *self = PyObject_New(LaunchObject, state->launch_type);
-    if (self)
+    if (self) {
         self->launch = NULL;
+        self->one_shot = (struct one_shot){.limit = limit};
+    }
     return self;
 }
 
@@ -370,6 +374,8 @@ static PyObject *fill_launch_object(LaunchObject *self, struct launch *launch, e
     self->pid = launch->pid;
     self->contended = launch->contended;
     self->rung = rung;
+    if (launch->one_shot)
+        oneshot_begin(&self->one_shot, launch);
     return (PyObject *)self;
 }
 
@@ -384,6 +390,7 @@ static void Launch_dealloc(LaunchObject *self)
     PyTypeObject *type = Py_TYPE(self);
     if (self->launch)
         launch_free(self->launch);
+    oneshot_clear(&self->one_shot);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -396,7 +403,7 @@ static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
     return PyLong_FromLong(returncode);
 }
 
-static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
+static PyObject *signal_with(LaunchObject *self, PyObject *argument, int (*send)(struct launch *, int))
 {
     long sig = PyLong_AsLong(argument);
     if (sig == -1 && PyErr_Occurred())
@@ -405,9 +412,25 @@ static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
         PyErr_SetString(PyExc_OverflowError, "Python int too large to convert to C int");
         return NULL;
     }
-    int result = launch_signal(self->launch, (int)sig);
+    int result = send(self->launch, (int)sig);
     if (result < 0)
         return raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
+{
+    return signal_with(self, argument, launch_signal);
+}
+
+static PyObject *Launch_signal_group(LaunchObject *self, PyObject *argument)
+{
+    return signal_with(self, argument, launch_signal_group);
+}
+
+static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    launch_keep_pidfd(self->launch);
     Py_RETURN_NONE;
 }
 
@@ -457,6 +480,30 @@ static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
     if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
         return NULL;
     return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
+}
+
+/* feed(input): a bytes-like object that is written to stdin, which is then closed; None for none. */
+static PyObject *Launch_feed(LaunchObject *self, PyObject *input)
+{
+    int result = oneshot_feed(&self->one_shot, self->launch, input == Py_None ? NULL : input);
+    if (result < 0)
+        return PyErr_Occurred() ? NULL : raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+/* output(1 or 2): what has been read so far. Nothing may be read after. */
+static PyObject *Launch_output(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
+        return NULL;
+    return oneshot_output(&self->one_shot, fd == LAUNCH_STDERR ? 2 : 1);
+}
+
+/* exceeded(): whether one of the outputs was longer than the limit. */
+static PyObject *Launch_exceeded(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(self->one_shot.captures[0].exceeded || self->one_shot.captures[1].exceeded);
 }
 
 static double seconds(struct timeval time)
@@ -509,6 +556,11 @@ static PyMethodDef Launch_methods[] = {
     {"close", (PyCFunction)Launch_close, METH_NOARGS, NULL},
     {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
     {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
+    {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
+    {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_NOARGS, NULL},
+    {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
+    {"output", (PyCFunction)Launch_output, METH_O, NULL},
+    {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},
     {"write", (PyCFunction)Launch_write, METH_O, NULL},
     {"watch", (PyCFunction)Launch_watch, METH_VARARGS, NULL},
     {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
@@ -594,29 +646,44 @@ static PyObject *raise_step(int result, enum spawn_op op)
 static PyObject *launch_with(HubObject *self, const struct launch_arguments *args)
 {
     struct launch *launch = NULL;
-    enum spawn_rung rung;
     enum spawn_op op;
     struct block *block = make_block(args);
     if (!block)
         return NULL;
-    LaunchObject *object = new_launch_object(self);
-    int result = object ? start_on_ladder(self->hub, &block, args->may_share, &rung, &launch, &op) : 0;
+    LaunchObject *object = new_launch_object(self, args->limit);
+    struct launch_options options = {
+        .may_share_fds = args->may_share,
+        .one_shot = object && args->one_shot ? &object->one_shot : NULL,
+    };
+    int result = object ? start_on_ladder(self->hub, &block, &options, &launch, &op) : 0;
     if (object && result == 0)
-        return fill_launch_object(object, launch, rung);
+        return fill_launch_object(object, launch, options.rung);
     if (block)
         block_free(block);
     Py_XDECREF(object);
     return object ? raise_step(result, op) : NULL;
 }
 
-/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size, may_share_fds) */
+/* What `limit` says of a launch: None that it is not in one shot; else the bytes of each
+ * pipe that are kept, -1 for all. */
+static bool parse_limit(PyObject *limit, bool *ret_one_shot, Py_ssize_t *ret_limit)
+{
+    *ret_one_shot = limit != Py_None;
+    Py_ssize_t value = *ret_one_shot ? PyLong_AsSsize_t(limit) : -1;
+    *ret_limit = value < 0 ? PY_SSIZE_T_MAX : value;
+    return !PyErr_Occurred();
+}
+
+/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size, may_share_fds, limit) */
 static PyObject *Hub_launch(HubObject *self, PyObject *tuple)
 {
     struct launch_arguments args = {0};
-    PyObject *programs, *argv, *env, *launch = NULL;
-    if (!PyArg_ParseTuple(tuple, "OOO(iii)O!O!pip:launch", &programs, &argv, &env, &args.stdio[0], &args.stdio[1],
+    PyObject *programs, *argv, *env, *limit, *launch = NULL;
+    if (!PyArg_ParseTuple(tuple, "OOO(iii)O!O!pipO:launch", &programs, &argv, &env, &args.stdio[0], &args.stdio[1],
                           &args.stdio[2], &PyTuple_Type, &args.pass_fds, &PyTuple_Type, &args.steps,
-                          &args.close_fds, &args.pipe_size, &args.may_share))
+                          &args.close_fds, &args.pipe_size, &args.may_share, &limit))
+        return NULL;
+    if (!parse_limit(limit, &args.one_shot, &args.limit))
         return NULL;
     args.programs = fs_encode_all(programs);
     args.argv = args.programs ? fs_encode_all(argv) : NULL;
@@ -633,17 +700,21 @@ static PyObject *Hub_launch(HubObject *self, PyObject *tuple)
     return launch;
 }
 
-/* adopt(pid, (stdin, stdout, stderr)): parent ends, -1 where there is none */
+/* adopt(pid, (stdin, stdout, stderr), limit): parent ends, -1 where there is none; limit as for launch() */
 static PyObject *Hub_adopt(HubObject *self, PyObject *args)
 {
     int pid, ends[3];
+    PyObject *limit;
+    Py_ssize_t bytes;
+    bool one_shot;
     struct launch *launch = NULL;
-    if (!PyArg_ParseTuple(args, "i(iii):adopt", &pid, &ends[0], &ends[1], &ends[2]))
+    if (!PyArg_ParseTuple(args, "i(iii)O:adopt", &pid, &ends[0], &ends[1], &ends[2], &limit) ||
+        !parse_limit(limit, &one_shot, &bytes))
         return NULL;
-    LaunchObject *object = new_launch_object(self);
+    LaunchObject *object = new_launch_object(self, bytes);
     if (!object)
         return NULL;
-    int result = launch_adopt(self->hub, pid, ends, &launch);
+    int result = launch_adopt(self->hub, pid, ends, one_shot ? &object->one_shot : NULL, &launch);
     if (result == 0)
         return fill_launch_object(object, launch, SPAWN_RUNGS);
     Py_DECREF(object);
@@ -663,6 +734,7 @@ static PyObject *event_value(const struct hub_event *event)
     case HUB_STDIN:
     case HUB_EXECED:
     case HUB_EXITED:
+    case HUB_READY:
         break;
     }
     return PyLong_FromLong(event->value);
@@ -684,10 +756,24 @@ static PyObject *event_list(const struct hub *hub, int count)
     return list;
 }
 
+/* Does what the one-shots' events ask for; gives how many are left to be told. Runs no
+ * Python code, so all launches of the batch are still there. */
+static int settle(struct hub *hub, int count)
+{
+    int left = 0;
+    for (int i = 0; i < count; i++) {
+        struct hub_event *event = &hub->events[i];
+        if (!event->one_shot || oneshot_settle(event->one_shot, event, hub_scratch(hub)))
+            hub->events[left++] = *event;
+    }
+    return left;
+}
+
 static PyObject *extend_queue(HubObject *self, PyObject *queue, int count)
 {
     if (count < 0)
         return raise_errno(count);
+    count = settle(self->hub, count);
     PyObject *list = event_list(self->hub, count);
     hub_done(self->hub);
     PyObject *result = list ? PyObject_CallMethod(queue, "extend", "(O)", list) : NULL;

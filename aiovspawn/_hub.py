@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import os
-import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,13 +24,18 @@ from . import _core
 from ._log import logger
 
 if TYPE_CHECKING:
-    from ._transport import SubprocessTransport
+    from ._attempts import Attempts
 
 # Kinds of events, as enum hub_event_kind in hub.h; those of the pipes are fd numbers.
 EXECED, FAILED, EXITED = 3, 4, 5
+FINISHED, EXCEEDED = 7, 8
+"""Of one-shots, as in _oneshot.h: it has exited and all output is read; there was too much."""
 
 SWEEP_INTERVAL = 0.1
 """Seconds between looks at launches whose verdict an end of file has not brought."""
+
+CHILD_PAUSE = 0.005
+"""Seconds; see LoopHub._drain_as_child()."""
 
 
 class LoopHub:
@@ -42,7 +47,8 @@ class LoopHub:
         self._events: deque[tuple[int, int, Any]] = deque()
         self._sweeping = False
         self._closed = False
-        self.transports: dict[int, SubprocessTransport] = {}
+        self._parent: int | None = None
+        self.transports: dict[int, Attempts] = {}
         self.undecided = 0
         """Launches without a verdict."""
         self.core = _core.Hub()
@@ -55,9 +61,9 @@ class LoopHub:
             self.core.close()
             raise
 
-    def add(self, launch: _core.Launch, transport: SubprocessTransport) -> None:
-        """Route the events of a launch to its transport."""
-        self.transports[launch.id] = transport
+    def add(self, launch: _core.Launch, owner: Attempts) -> None:
+        """Route the events of a launch to its owner."""
+        self.transports[launch.id] = owner
 
     def await_verdict(self) -> None:
         """Look after launches whose status pipe some stranger may hold open."""
@@ -73,13 +79,48 @@ class LoopHub:
 
     def _sweep(self) -> None:
         self._sweeping = False
-        if self.undecided > 0 and not self._closed:
+        if self._parent is not None:
+            self._poll_as_child()
+        elif self.undecided > 0 and not self._closed:
             self._sweep_later()
             self._dispatch(self.core.sweep)
 
     def _drain(self) -> None:
-        if not self._closed:
+        if self._parent is not None:
+            self._drain_as_child(self._parent)
+        elif not self._closed:
             self._dispatch(self.core.drain)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child that may go on with the loop: the epoll set is not ours any more."""
+        self._parent = os.getppid()
+        self._events.clear()
+
+    def _drain_as_child(self, parent: int) -> None:
+        """Tell of exits as the pidfds have them; who goes on with its parent's loop gets no more.
+
+        The loop's own epoll set is shared with the parent too: our reader is taken out
+        of it only when the parent is gone. While that lives it may drain the hub, or not;
+        the pause keeps us from spinning until it does.
+        """
+        loop = self._loop()
+        if loop is None or self._closed:
+            return
+        if os.getppid() != parent:
+            loop.remove_reader(self.core.fileno())
+        else:
+            time.sleep(CHILD_PAUSE)
+        if not self._sweeping:
+            self._poll_as_child()
+
+    def _poll_as_child(self) -> None:
+        self._sweeping = False
+        for transport in list(self.transports.values()):
+            transport.poll_exit()
+        loop = self._loop()
+        if self.transports and loop is not None and not self._closed:
+            self._sweeping = True
+            self._context.run(loop.call_later, SWEEP_INTERVAL, self._poll_as_child)
 
     def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:
         events, transports = self._events, self.transports
@@ -103,7 +144,7 @@ class LoopHub:
             return
         self._closed = True
         loop = self._loop()
-        if loop is not None and not loop.is_closed():
+        if loop is not None and not loop.is_closed() and self._parent is None:
             loop.remove_reader(self.core.fileno())
         self.core.close()
         self.transports.clear()
@@ -113,8 +154,9 @@ class LoopHub:
 _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopHub]] = (
     weakref.WeakKeyDictionary()
 )
+# No lock: each step below is one operation of the dict, and a collection in the midst of
+# them may close a loop, which comes here again.
 _without_readers: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-_lock = threading.Lock()
 
 
 def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
@@ -136,33 +178,28 @@ def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
         _without_readers.add(loop)
         logger.debug("launches are delegated to the event loop: %r has no add_reader()", loop)
         return None
-    with _lock:
-        closed = [other for other in _hubs if other.is_closed()]
-        stale = [_hubs.pop(other) for other in closed]
-        _hubs[loop] = weakref.ref(hub)
-    for old in stale:
-        _close(old)
+    _hubs[loop] = weakref.ref(hub)
+    for reference in _hubs.keyrefs():
+        other = reference()
+        if other is not None and other.is_closed():
+            close_hub(other)
     return hub
 
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:
     """Close the hub of a loop that is about to be closed, if it has one."""
-    with _lock:
-        found = _hubs.pop(loop, None)
-    if found is not None:
-        _close(found)
-
-
-def _close(found: weakref.ref[LoopHub]) -> None:
-    hub = found()
+    found = _hubs.pop(loop, None)
+    hub = found() if found is not None else None
     if hub is not None:
         hub.close()
 
 
 def _after_fork_in_child() -> None:
     # The loops are the parent's; closing our copies of their epoll fds is harmless to it.
-    global _lock
-    _lock = threading.Lock()
+    for found in list(_hubs.values()):
+        hub = found()
+        if hub is not None:
+            hub.leave_to_parent()
     _hubs.clear()
 
 

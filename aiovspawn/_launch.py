@@ -39,10 +39,16 @@ class Ladder:
         self.adopts = True
         """Whether a child of subprocess.Popen can be taken over: that takes pidfd_open(2)."""
         self.core: Any = None
-        """The C core, or None: before the first launch, and where there is none."""
+        """The C core, or None where there is none."""
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
+        self.close_hub: Callable[[asyncio.AbstractEventLoop], None]
         self.start: Callable[..., Awaitable[Any]]
-        """_hub.hub_of() and _transport.start_subprocess(), when the C core is there."""
+        self.start_one_shot: Callable[..., Any]
+        """What of _hub.py, _transport.py and _oneshot.py is used here, if the C core is there."""
+
+    def renew_lock(self) -> None:
+        """In a forked child: the thread that had it may not be there."""
+        self._lock = threading.Lock()
 
     def choose(self) -> str:
         """Return the way, by looking at the environment and the kernel once."""
@@ -60,13 +66,9 @@ class Ladder:
     def _force(self, rung: str | None) -> None:
         if rung is not None and rung not in RUNGS:
             raise ValueError(f"{RUNG_VARIABLE} must be one of {', '.join(RUNGS)}, not {rung!r}")
-        core = self.core = _load_core()
+        core = self.core
         if core is not None:
             core.force_rung(rung if rung in CORE_RUNGS else None)
-            from ._hub import hub_of
-            from ._transport import start_subprocess
-
-            self.hub_of, self.start = hub_of, start_subprocess
         self.forced = rung
         way, self.reason = self._look(core)
         self.way = way  # last: another thread goes ahead as soon as it is set
@@ -94,15 +96,35 @@ class Ladder:
         return self.hub_of(loop)
 
 
-def _load_core() -> Any:
-    """The C core, or None where the package was built without one."""
-    try:
-        return importlib.import_module("aiovspawn._core")
-    except ModuleNotFoundError:
-        return None
-
-
 ladder = Ladder()
+
+
+def _load_core() -> None:
+    """Bind what needs the C core, unless the package was built without one.
+
+    With the package and not at the first launch: another thread's fork must not find
+    a module half imported, nor the lock taken.
+    """
+    try:
+        ladder.core = importlib.import_module("aiovspawn._core")
+    except ModuleNotFoundError:
+        return
+    from ._hub import close_hub, hub_of
+    from ._oneshot import start_one_shot
+    from ._transport import start_subprocess
+
+    ladder.hub_of, ladder.close_hub = hub_of, close_hub
+    ladder.start, ladder.start_one_shot = start_subprocess, start_one_shot
+
+
+_load_core()
+
+
+def _after_fork_in_child() -> None:
+    ladder.renew_lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _reject_text(universal_newlines: bool, bufsize: int, text: Any, encoding: Any, errors: Any) -> None:
@@ -124,6 +146,7 @@ def subprocess_exec(
     delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
     program: Any,
+    /,
     *args: Any,
     stdin: Any = subprocess.PIPE,
     stdout: Any = subprocess.PIPE,
@@ -162,6 +185,7 @@ def subprocess_shell(
     delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
     cmd: str | bytes,
+    /,
     *,
     stdin: Any = subprocess.PIPE,
     stdout: Any = subprocess.PIPE,
@@ -200,6 +224,4 @@ def subprocess_shell(
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:
     """Let go of a loop that is about to be closed."""
     if ladder.way in ("core", "popen"):
-        from . import _hub
-
-        _hub.close_hub(loop)
+        ladder.close_hub(loop)

@@ -63,7 +63,11 @@ class SubprocessMixin(asyncio.AbstractEventLoop):
         )
 
     def close(self) -> None:
-        """Close the loop; children that still run are reaped by later launches."""
+        """Close the loop.
+
+        Children that still run are killed when their transports are collected, as
+        asyncio's transports do where they can, and reaped by later launches.
+        """
         if not self.is_running():
             _launch.close_hub(self)
         super().close()
@@ -89,6 +93,9 @@ def run_on(
     loop_factory: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[Any, Any, T], debug: bool | None
 ) -> T:
     """asyncio.run() with a loop factory, which Python 3.11's has not."""
+    if asyncio._get_running_loop() is not None:
+        # The words of asyncio.run(); a Runner would raise others when it is left.
+        raise RuntimeError("asyncio.run() cannot be called from a running event loop")
     with asyncio.Runner(debug=debug, loop_factory=loop_factory) as runner:
         return runner.run(main)
 
@@ -117,19 +124,19 @@ class Attachment:
         self._replaced = {name: vars(loop)[name] for name in self.NAMES if name in vars(loop)}
         self._holders = 0
 
-    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
+    async def subprocess_exec(self, protocol_factory: Any, program: Any, *args: Any, **kwargs: Any) -> Any:
         """loop.subprocess_exec() on the fast path."""
         own = self._own["subprocess_exec"]
         if self._holders == 0:
-            return await own(*args, **kwargs)
-        return await _launch.subprocess_exec(self._loop, own, *args, **kwargs)
+            return await own(protocol_factory, program, *args, **kwargs)
+        return await _launch.subprocess_exec(self._loop, own, protocol_factory, program, *args, **kwargs)
 
-    async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Any:
+    async def subprocess_shell(self, protocol_factory: Any, cmd: Any, **kwargs: Any) -> Any:
         """loop.subprocess_shell() on the fast path."""
         own = self._own["subprocess_shell"]
         if self._holders == 0:
-            return await own(*args, **kwargs)
-        return await _launch.subprocess_shell(self._loop, own, *args, **kwargs)
+            return await own(protocol_factory, cmd, **kwargs)
+        return await _launch.subprocess_shell(self._loop, own, protocol_factory, cmd, **kwargs)
 
     def close(self) -> None:
         """loop.close(), and of the hub before it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-import os
 from asyncio import transports
 from collections import deque
 from collections.abc import Iterable
@@ -150,7 +149,7 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
         if self.disconnected:
             return
         if value == EPOLLERR:
-            exc = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) if self._buffer else None
+            exc = BrokenPipeError() if self._buffer else None
             self._drop_buffer()
             self._close_fd()
             self._disconnect(exc)

@@ -83,10 +83,11 @@ class PidfdPopen:
         self.send_signal(signal.SIGKILL)
 
 
-def launch(hub: _core.Hub, request: Request) -> _core.Launch:
+def launch(hub: _core.Hub, request: Request, limit: int | None = None) -> _core.Launch:
     """Launch by subprocess.Popen, which forks and waits for the exec, and adopt the child.
 
-    Raises what subprocess.Popen raises.
+    limit: None, or for a one-shot the bytes of each pipe that are kept. Raises what
+    subprocess.Popen raises.
     """
     assert request.popen is not None
     child_ends = list[Any](request.stdio)
@@ -105,7 +106,7 @@ def launch(hub: _core.Hub, request: Request) -> _core.Launch:
         process = subprocess.Popen(
             stdin=child_ends[0], stdout=child_ends[1], stderr=child_ends[2], bufsize=0, **request.popen
         )
-        result = _adopt(hub, process, (parent_ends[0], parent_ends[1], parent_ends[2]))
+        result = _adopt(hub, process, (parent_ends[0], parent_ends[1], parent_ends[2]), limit)
     except BaseException:
         for fd in opened:
             os.close(fd)
@@ -123,9 +124,11 @@ def _set_size(fd: int, size: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, size)
 
 
-def _adopt(hub: _core.Hub, process: subprocess.Popen[bytes], ends: tuple[int, int, int]) -> _core.Launch:
+def _adopt(
+    hub: _core.Hub, process: subprocess.Popen[bytes], ends: tuple[int, int, int], limit: int | None
+) -> _core.Launch:
     try:
-        launch = hub.adopt(process.pid, ends)
+        launch = hub.adopt(process.pid, ends, limit)
     except BaseException:
         process.kill()
         process.wait()

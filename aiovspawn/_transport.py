@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import errno
 import signal
 import warnings
 from collections.abc import Callable
@@ -28,7 +27,8 @@ from enum import Enum
 from subprocess import PIPE
 from typing import Any, TypeVar
 
-from . import _core, _popen
+from . import _popen
+from ._attempts import Attempts
 from ._hub import EXECED, EXITED, FAILED, LoopHub
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
@@ -39,16 +39,6 @@ P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 KILL_TIMEOUT = 1.0
 """Seconds that a cancelled launch waits for its killed child."""
 
-RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
-"""Seconds before each new try of a launch that met ETXTBSY, a quarter of a second in all.
-
-The kernel gives an exec'd child's copy of the file back only when the child
-returns to user mode, which is after all signs of its exec.
-"""
-
-OLDER_TIMEOUT = 5.0
-"""Seconds after which a retry no longer waits for older launches: their loop may have stopped."""
-
 
 class State(Enum):
     LAUNCHING = "launching"
@@ -57,7 +47,7 @@ class State(Enum):
     ABANDONED = "abandoned"
 
 
-class SubprocessTransport(asyncio.SubprocessTransport):
+class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     """A child process of a loop; see asyncio.SubprocessTransport."""
 
     def __init__(
@@ -68,55 +58,27 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         request: Request,
         extra: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        asyncio.SubprocessTransport.__init__(self)
+        Attempts.__init__(self, hub, loop, request, None)
         self._info: dict[str, Any] = dict(extra or {})
-        self.loop = loop
         self.context = contextvars.copy_context()
         self._protocol: asyncio.SubprocessProtocol | None = protocol
-        self._request = request
         self._closed = True  # until there is something to close
         self._state = State.LAUNCHING
         self._returncode: int | None = None
         self._exit_waiters: list[asyncio.Future[int]] = []
         self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
-        self._may_share_fds = True
-        self._retries = 0
-        self._first_id = 0
-        self._contended = False
-        self._retry_timer: asyncio.TimerHandle | None = None
-        self._hub = hub
         self.verdict: asyncio.Future[None] = loop.create_future()
-        self._start()
+        self._attempt()
         self._closed = False
 
-    def _start(self) -> None:
-        request = self._request
-        if request.popen is not None:
-            launch = _popen.launch(self._hub.core, request)
-        else:
-            try:
-                launch = self._hub.core.launch(
-                    request.programs,
-                    request.args,
-                    request.env,
-                    request.stdio,
-                    request.pass_fds,
-                    request.steps,
-                    request.close_fds,
-                    request.pipe_size,
-                    self._may_share_fds,
-                )
-            except OSError as exc:
-                if not hasattr(exc, "step"):
-                    raise
-                raise launch_error(request, exc.step, exc.errno or 0) from None
-        self._launch = launch
+    def _attempted(self) -> None:
+        launch, request = self._launch, self._request
         self._pipes: dict[int, ReadPipe | WritePipe] = {
             fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
             for fd, plan in enumerate(request.stdio)
             if plan == PIPE
         }
-        self._hub.add(launch, self)
         if request.popen is None:
             self._hub.await_verdict()
         else:
@@ -175,15 +137,15 @@ class SubprocessTransport(asyncio.SubprocessTransport):
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
         del self._hub.transports[self._launch.id]
-        if self._state is State.LAUNCHING and _core.STEP_UNSHARE_FDS <= step <= _core.STEP_DETACHED:
-            self._retry_with_copied_fds()
+        if self._state is State.LAUNCHING and self._attempt_again(step, error):
+            self._held_back.clear()  # what the failed child's pipes said
             return
-        if self._state is State.LAUNCHING and self._may_retry(step, error):
-            self._retry_later()
-            return
+        self._attempt_failed(launch_error(self._request, step, error))
+
+    def _attempt_failed(self, exc: Exception) -> None:
         self._give_up()
         if not self.verdict.done():
-            self.verdict.set_exception(launch_error(self._request, step, error))
+            self.verdict.set_exception(exc)
 
     def _give_up(self) -> None:
         self._state = State.ABANDONED
@@ -193,44 +155,6 @@ class SubprocessTransport(asyncio.SubprocessTransport):
         self._wake_waiters()
         self._held_back.clear()
         self._protocol = None
-
-    def _may_retry(self, step: int, error: int) -> bool:
-        """Whether an older launch may have held the program's file open for writing."""
-        if self._retries == 0:
-            self._first_id = self._launch.id
-            self._contended = self._launch.contended
-        busy = step == _core.STEP_EXEC and error == errno.ETXTBSY
-        return busy and self._contended and self._retries < len(RETRY_DELAYS)
-
-    def _retry_later(self) -> None:
-        self._launch.close()
-        self._held_back.clear()  # what the failed child's pipes said
-        self._call_retry(RETRY_DELAYS[self._retries], 0)
-        self._retries += 1
-
-    def _retry_with_copied_fds(self) -> None:
-        """The child could not leave our fd table for one of its own."""
-        self._may_share_fds = False
-        self._launch.close()
-        self._held_back.clear()
-        self._call_retry(0, OLDER_TIMEOUT)
-
-    def _call_retry(self, delay: float, waited: float) -> None:
-        self._retry_timer = self.loop.call_later(delay, self._retry, waited, context=self.context)
-
-    def _retry(self, waited: float) -> None:
-        """Launch again when the older launches have exec'd; waited: seconds spent on that."""
-        if waited < OLDER_TIMEOUT and _core.in_flight_before(self._first_id):
-            delay = max(RETRY_DELAYS[0], waited / 2)
-            self._call_retry(delay, waited + delay)
-            return
-        self._retry_timer = None
-        try:
-            self._start()
-        except Exception as exc:
-            self._give_up()
-            if not self.verdict.done():
-                self.verdict.set_exception(exc)
 
     def pipe_data(self, fd: int, data: bytes) -> None:
         """Data of the child's stdout or stderr."""
@@ -434,6 +358,7 @@ async def start_subprocess(
     protocol_factory: Callable[[], P],
     args: Any,
     by_popen: bool,
+    /,
     *,
     extra: dict[str, Any] | None = None,
     **keywords: Any,

@@ -96,10 +96,16 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
 
 /* ---- draining ----------------------------------------------------------------- */
 
-static struct hub_event *add_event(struct hub *hub, const struct launch *launch, enum hub_event_kind kind, int value)
+static struct hub_event *add_event(struct hub *hub, struct launch *launch, enum hub_event_kind kind, int value)
 {
     struct hub_event *event = &hub->events[hub->count++];
-    *event = (struct hub_event){.id = launch->id, .kind = kind, .value = value};
+    *event = (struct hub_event){
+        .id = launch->id,
+        .kind = kind,
+        .value = value,
+        .launch = launch,
+        .one_shot = launch->one_shot,
+    };
     return event;
 }
 
@@ -107,7 +113,7 @@ static struct hub_event *add_event(struct hub *hub, const struct launch *launch,
 static void drain_status(struct hub *hub, struct launch *launch)
 {
     if (launch->verdict == LAUNCH_PENDING && launch_read_status_locked(launch) &&
-        launch->verdict == LAUNCH_EXECED)
+        launch->verdict == LAUNCH_EXECED && !(launch->one_shot && launch->exited))
         (void)add_event(hub, launch, HUB_EXECED, 0);
 }
 
@@ -120,7 +126,10 @@ static void drain_pidfd(struct hub *hub, struct launch *launch)
         return;
     }
     drain_status(hub, launch);
-    launch_close_slot_locked(launch, LAUNCH_PIDFD);
+    if (launch->keeps_pidfd)
+        hub_unwatch_locked(launch, LAUNCH_PIDFD);
+    else
+        launch_close_slot_locked(launch, LAUNCH_PIDFD);
     if (launch->verdict == LAUNCH_FAILED)
         add_event(hub, launch, HUB_FAILED, launch->record.error)->step = (enum spawn_op)launch->record.op;
     else
@@ -174,7 +183,7 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
     enum launch_slot slot = (enum launch_slot)(ready->data.u64 & SLOT_MASK);
     if (!launch->watched[slot])
         return; /* closed by an earlier event of this batch */
-    if (slot <= LAUNCH_STDERR)
+    if (slot <= LAUNCH_STDERR && !launch->one_shot)
         drain_status(hub, launch); /* no output before the news that the program runs */
     switch (slot) {
     case LAUNCH_STDIN:
@@ -182,7 +191,10 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
         break;
     case LAUNCH_STDOUT:
     case LAUNCH_STDERR:
-        drain_output(hub, launch, slot, ready->events & EPOLLHUP);
+        if (launch->one_shot)
+            add_event(hub, launch, HUB_READY, (int)slot)->writers_gone = ready->events & EPOLLHUP;
+        else
+            drain_output(hub, launch, slot, ready->events & EPOLLHUP);
         break;
     case LAUNCH_STATUS:
         drain_status(hub, launch);
@@ -205,6 +217,12 @@ static int begin_locked(struct hub *hub)
     hub->count = 0;
     hub->used = 0;
     return 0;
+}
+
+/* HUB_READ_SIZE bytes for whoever looks at the events. */
+char *hub_scratch(struct hub *hub)
+{
+    return hub->buffer + HUB_BUFFER_SIZE - HUB_READ_SIZE;
 }
 
 /* The events have been looked at. */

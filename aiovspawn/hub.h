@@ -1,5 +1,9 @@
 /* The epoll set of one event loop: status pipes, pidfds and stdio pipes of all
  * its launches behind one pollable fd, drained in one call.
+ *
+ * A launch in one shot (struct launch, one_shot) is told less: that its pipes can be
+ * read, which whoever drains does, that it failed, that it has exited; and of its exec
+ * only if a sweep finds it.
  */
 #ifndef AIOVSPAWN_HUB_H
 #define AIOVSPAWN_HUB_H
@@ -10,7 +14,7 @@ enum {
     HUB_BATCH = 16,             /* ready fds looked at in one drain: epoll hands them out in turn */
     HUB_EVENTS = 3 * HUB_BATCH, /* what these can give */
     HUB_READ_SIZE = 64 * 1024,  /* bytes read from one pipe in one drain */
-    HUB_BUFFER_SIZE = HUB_BATCH * HUB_READ_SIZE,
+    HUB_BUFFER_SIZE = (HUB_BATCH + 1) * HUB_READ_SIZE, /* the last of them is nobody's: hub_scratch() */
 };
 
 /* The first three are about the pipe on the child's fd of that number. */
@@ -21,6 +25,7 @@ enum hub_event_kind {
     HUB_EXECED,
     HUB_FAILED, /* value: errno, step: the step that failed; the child has been reaped */
     HUB_EXITED, /* value: returncode */
+    HUB_READY,  /* value: 1 or 2, the slot of a one-shot's pipe; writers_gone */
 };
 
 struct hub_event {
@@ -30,6 +35,9 @@ struct hub_event {
     enum spawn_op step;
     const char *data; /* valid until the next drain */
     size_t size;
+    struct launch *launch;
+    void *one_shot; /* of the launch, or NULL */
+    bool writers_gone;
 };
 
 struct hub {
@@ -48,6 +56,7 @@ void hub_free(struct hub *hub);
 int hub_drain(struct hub *hub);
 int hub_sweep(struct hub *hub);
 void hub_done(struct hub *hub);
+char *hub_scratch(struct hub *hub);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);

@@ -22,7 +22,14 @@ enum {
     BLOCK_SIZE = 64 * 1024,      /* of a block that is kept for later launches */
     FREE_BLOCKS_MAX = 32,
     WAIT_PIDFD = 3, /* P_PIDFD */
+    GROWN_PIPE_SIZE = 1024 * 1024, /* the most that a user without privileges may have */
+    GROWN_PIPES_MAX = 16,          /* a quarter of the 64 MiB of all pipes of such a user: pipe(7) */
 };
+
+/* Newer than some libc headers (Linux 6.9). */
+#ifndef PIDFD_SIGNAL_PROCESS_GROUP
+#define PIDFD_SIGNAL_PROCESS_GROUP (1U << 2)
+#endif
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct launch *first_launch;
@@ -256,6 +263,10 @@ void launch_close_slot_locked(struct launch *launch, enum launch_slot slot)
     int *fd = slot_fd(launch, slot), old = *fd;
     hub_unwatch_locked(launch, slot);
     *fd = -1;
+    if (slot <= LAUNCH_STDERR && launch->grown[slot]) {
+        launch->grown[slot] = false;
+        counts.grown_pipes--;
+    }
     if (old >= 0)
         (void)close(old);
 }
@@ -526,10 +537,12 @@ void launch_free(struct launch *launch)
 
 /* ---- starting ------------------------------------------------------------------- */
 
+/* A launch in one shot is nobody's to wait for before it is over: the status pipe is
+ * looked at when the child has exited or the hub is swept. */
 static int watch_ends_locked(struct launch *launch)
 {
-    int result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
-    if (result == 0 && launch->ends.parent[0] >= 0)
+    int result = launch->one_shot ? 0 : hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
+    if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
         if (launch->ends.parent[slot] >= 0)
@@ -606,16 +619,17 @@ static int clone_sharing_locked(struct launch *launch, struct block *block, enum
     return result;
 }
 
-static int open_and_clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung, bool may_share,
+static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
                                  enum spawn_op *ret_op)
 {
+    enum spawn_rung rung = options->rung;
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
     if (result == 0)
         result = watch_ends_locked(launch);
     if (result < 0)
         return result;
     *ret_op = SPAWN_CLONE;
-    if (may_share && shares_fds_locked(launch, block, rung) && clone_sharing_locked(launch, block, rung) == 0)
+    if (options->may_share_fds && shares_fds_locked(launch, block, rung) && clone_sharing_locked(launch, block, rung) == 0)
         return 0;
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
@@ -628,6 +642,8 @@ static int watch_child_locked(struct launch *launch)
 {
     (void)launch_left_memory_locked(launch);
     int result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+    if (result == 0 && launch->hides_memory)
+        result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN); /* to show it again soon */
     if (result < 0) {
         (void)kill(launch->pid, SIGKILL); /* nobody else has heard of it yet */
         close_locked(launch);
@@ -639,10 +655,9 @@ static int watch_child_locked(struct launch *launch)
 
 /* Launches what *block describes, on one rung. Once there is a child the block is
  * the launch's, and *block is NULL; before, a failure leaves nothing behind and
- * the block to the caller. may_share: the fd table, see shares_fds_locked().
- * *ret_op says where it failed. The fork and vfork rungs take as long as the
- * child's exec. */
-int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+ * the block to the caller. *ret_op says where it failed. The fork and vfork rungs
+ * take as long as the child's exec. */
+int launch_start(struct hub *hub, struct block **block, const struct launch_options *options,
                  struct launch **ret_launch, enum spawn_op *ret_op)
 {
     *ret_op = SPAWN_OPEN_PIPES;
@@ -653,8 +668,9 @@ int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bo
         launch_unlock();
         return -ENOMEM;
     }
+    launch->one_shot = options->one_shot;
     set_in_flight_locked(launch, true);
-    int result = open_and_clone_locked(launch, *block, rung, may_share, ret_op);
+    int result = open_and_clone_locked(launch, *block, options, ret_op);
     if (result < 0) {
         bury_locked(launch);
     } else {
@@ -671,7 +687,7 @@ int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bo
 
 /* Takes over a process that has exec'd already, and the parent ends of its
  * pipes, which must be non-blocking. They stay the caller's on failure. */
-int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch)
+int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], void *one_shot, struct launch **ret_launch)
 {
     int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
     if (pidfd < 0)
@@ -682,6 +698,7 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct la
     if (launch) {
         launch->pid = pid;
         launch->pidfd = pidfd;
+        launch->one_shot = one_shot;
         launch->owned = true;
         launch->verdict = LAUNCH_EXECED;
         memcpy(launch->ends.parent, parent_ends, sizeof launch->ends.parent);
@@ -739,12 +756,12 @@ int launch_fd(struct launch *launch, enum launch_slot slot)
 
 /* By pid, where pidfd_send_signal(2) is missing (valgrind): as safe as it can be, the
  * child having just been seen not to be reaped. */
-static int kill_by_pid_locked(const struct launch *launch, int sig)
+static int kill_by_pid_locked(const struct launch *launch, pid_t pid, int sig)
 {
     siginfo_t info;
     if (waitid((idtype_t)WAIT_PIDFD, (id_t)launch->pidfd, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
         return errno == ECHILD ? -ESRCH : -errno;
-    return kill(launch->pid, sig) < 0 ? -errno : 0;
+    return kill(pid, sig) < 0 ? -errno : 0;
 }
 
 /* Only to a child of ours: what a forked child inherits is its parent's to kill. */
@@ -755,9 +772,34 @@ int launch_signal(struct launch *launch, int sig)
     if (launch->pidfd >= 0 && !launch->exited && !launch_is_foreign(launch->generation))
         result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
     if (result == -ENOSYS)
-        result = kill_by_pid_locked(launch, sig);
+        result = kill_by_pid_locked(launch, launch->pid, sig);
     launch_unlock();
     return result;
+}
+
+/* To the process group that the child leads, also when the child itself has been
+ * reaped: the pidfd knows the group by more than its number. Where it cannot (before
+ * Linux 6.9), the number is the child's own for as long as it is not reaped. -ESRCH:
+ * there is no such group. pidfd_send_signal(2), kill(2). */
+int launch_signal_group(struct launch *launch, int sig)
+{
+    launch_lock();
+    int result = -ESRCH;
+    if (launch->pidfd >= 0 && !launch_is_foreign(launch->generation)) {
+        result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, PIDFD_SIGNAL_PROCESS_GROUP) < 0 ? -errno : 0;
+        if (result == -EINVAL || result == -ENOSYS)
+            result = launch->exited ? -ESRCH : kill_by_pid_locked(launch, -launch->pid, sig);
+    }
+    launch_unlock();
+    return result;
+}
+
+/* Keeps the pidfd until the launch is closed, for launch_signal_group(). */
+void launch_keep_pidfd(struct launch *launch)
+{
+    launch_lock();
+    launch->keeps_pidfd = true;
+    launch_unlock();
 }
 
 /* Writes to the child's stdin what fits; -EAGAIN when that is nothing. */
@@ -769,6 +811,30 @@ ssize_t launch_write(struct launch *launch, const void *data, size_t size)
         written = -errno;
     launch_unlock();
     return written;
+}
+
+/* Reads from the child's stdout or stderr; -EBADF when that is closed. */
+ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size)
+{
+    launch_lock();
+    ssize_t got = read(launch_slot_fd(launch, slot), data, size);
+    if (got < 0)
+        got = -errno;
+    launch_unlock();
+    return got;
+}
+
+/* Makes a pipe larger, if the user has some to spare. */
+void launch_grow_pipe(struct launch *launch, enum launch_slot slot)
+{
+    launch_lock();
+    int fd = launch_slot_fd(launch, slot);
+    if (fd >= 0 && !launch->grown[slot] && counts.grown_pipes < GROWN_PIPES_MAX &&
+        fcntl(fd, F_GETPIPE_SZ) < GROWN_PIPE_SIZE && fcntl(fd, F_SETPIPE_SZ, GROWN_PIPE_SIZE) >= 0) {
+        launch->grown[slot] = true;
+        counts.grown_pipes++;
+    }
+    launch_unlock();
 }
 
 /* Turns on or off what a loop wants to hear of a pipe: data of stdout and

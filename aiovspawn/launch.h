@@ -57,6 +57,8 @@ struct launch {
     uint64_t generation;            /* of the process that made it: see launch_is_foreign() */
     struct hub *hub;                /* NULL when no loop watches it */
     uint32_t watched[LAUNCH_SLOTS]; /* epoll events, 0 when not in the epoll set */
+    void *one_shot; /* NULL, or whose it is: of such a launch only the end is told, see hub.h */
+    bool grown[3];  /* pipes made larger by launch_grow_pipe() */
     struct block *block;            /* NULL when the child has left our memory */
     struct spawn_ends ends;
     enum launch_verdict verdict;
@@ -72,6 +74,7 @@ struct launch {
     bool exited;      /* returncode is set */
     bool has_usage;   /* usage is set: nobody else has reaped the child */
     bool reaped;      /* the child is dead for certain, and has left our memory */
+    bool keeps_pidfd; /* until it is closed: the group may outlive its leader */
     bool held;        /* dead, but a tracer has not let go of it: see hub.c */
     bool status_lost; /* exit status taken by another wait(), and the kernel cannot tell */
     pid_t pid;
@@ -83,7 +86,13 @@ struct launch {
 struct launch_counts {
     size_t launches, orphans, in_flight, free_blocks;
     size_t cloned[SPAWN_RUNGS]; /* children since the process began, by rung */
-    size_t adopted;
+    size_t adopted, grown_pipes;
+};
+
+struct launch_options {
+    enum spawn_rung rung;
+    bool may_share_fds; /* see shares_fds_locked() */
+    void *one_shot;
 };
 
 int launch_init(void);
@@ -93,10 +102,10 @@ void *block_take(struct block *block, size_t size);
 void *block_stack(struct block *block, size_t *ret_size);
 void block_free(struct block *block);
 
-int launch_start(struct hub *hub, struct block **block, enum spawn_rung rung, bool may_share,
+int launch_start(struct hub *hub, struct block **block, const struct launch_options *options,
                  struct launch **ret_launch, enum spawn_op *ret_op);
 void launch_share_fds_from(int fd);
-int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], struct launch **ret_launch);
+int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], void *one_shot, struct launch **ret_launch);
 void launch_close(struct launch *launch);
 void launch_free(struct launch *launch);
 
@@ -104,7 +113,11 @@ bool launch_poll(struct launch *launch, int *ret_returncode);
 bool launch_usage(struct launch *launch, struct rusage *ret_usage);
 int launch_fd(struct launch *launch, enum launch_slot slot);
 int launch_signal(struct launch *launch, int sig);
+int launch_signal_group(struct launch *launch, int sig);
+void launch_keep_pidfd(struct launch *launch);
 ssize_t launch_write(struct launch *launch, const void *data, size_t size);
+ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size);
+void launch_grow_pipe(struct launch *launch, enum launch_slot slot);
 int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);
 void launch_close_pipe(struct launch *launch, enum launch_slot slot);
 

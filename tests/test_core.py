@@ -28,7 +28,7 @@ def hub() -> Iterator[_core.Hub]:
 def launch(
     hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)
 ) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1, True)
+    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1, True, None)
 
 
 def wait(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -69,14 +69,14 @@ def test_ids_ascend(hub: _core.Hub) -> None:
     "arguments",
     [
         (),
-        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1, True),
+        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1, True, None),
         ((b"/bin/true",), (), None, (0, 1, 2), [], (), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), ("x",), (), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), (), ("x",), True, -1),
         ((b"/bin/true",), (), None, (0, 1, 2), (), ((1, 2),), True, -1),
-        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1, True),
-        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1, True),
-        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1, True),
+        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1, True, None),
+        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1, True, None),
+        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1, True, None),
         ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x", True),
     ],
 )
@@ -91,7 +91,7 @@ def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...])
 )
 def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any) -> None:
     with pytest.raises(ValueError, match=r"bad value|no such step"):
-        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True)
+        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True, None)
 
 
 def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
@@ -101,13 +101,13 @@ def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
             return "/bin/true"
 
     argv: list[Any] = [Shrinking(), *["x" * 1000] * 100]
-    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True)
+    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True, None)
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
 def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
     environment = [b"V%d=%s" % (i, b"x" * 1000) for i in range(500)]
-    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True)
+    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True, None)
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
@@ -151,6 +151,79 @@ def test_sweep_finds_the_verdict_without_the_pipe(hub: _core.Hub) -> None:
     assert wait(hub)[-1] == (child.id, 5, -signal.SIGKILL)
 
 
+def one_shot(hub: _core.Hub, *argv: str, limit: int = -1) -> _core.Launch:
+    return hub.launch((argv[0],), argv, None, (PIPE, PIPE, PIPE), (), (), True, -1, True, limit)
+
+
+def finish(hub: _core.Hub) -> list[tuple[int, int, Any]]:
+    """Events up to and with the end of a one-shot, or its failure."""
+    events: Events = deque()
+    while not any(kind in (4, 7) for _, kind, _ in events):
+        select.select([hub.fileno()], [], [], 10)
+        hub.drain(events)
+    return list(events)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 3_000_000])
+def test_one_shot_is_told_once_and_has_all_output(hub: _core.Hub, size: int) -> None:
+    data = os.urandom(size)
+    child = one_shot(hub, "/bin/cat")
+    child.feed(data)
+    assert finish(hub) == [(child.id, 7, 0)]
+    assert child.output(1) == data
+    assert child.output(2) == b""
+    assert not child.exceeded()
+    assert child.pidfd == child.pipe(0) == child.pipe(1) == child.pipe(2) == -1
+
+
+def test_output_beyond_the_limit_is_told_and_dropped(hub: _core.Hub) -> None:
+    for size, exceeded in ((999, False), (1000, False), (1001, True), (500_000, True)):
+        child = one_shot(hub, "/bin/sh", "-c", f"head -c {size} /dev/zero >&2; sleep .1", limit=1000)
+        child.feed(None)
+        events = finish(hub)
+        assert (child.id, 8, 2) in events if exceeded else events == [(child.id, 7, 0)]
+        assert child.exceeded() == exceeded
+        assert child.output(2) == bytes(min(size, 1000))
+
+
+def test_input_that_nobody_reads_is_dropped(hub: _core.Hub) -> None:
+    data = bytearray(1_000_000)
+    child = one_shot(hub, "/bin/true")
+    child.feed(data)
+    assert finish(hub) == [(child.id, 7, 0)]
+    child.close()
+    del child
+    data.append(0)  # a buffer in use could not be resized
+
+
+def test_signal_reaches_the_group_when_its_leader_is_gone(hub: _core.Hub) -> None:
+    steps = ((_core.STEP_SETSID, 0, 0, None),)
+    argv = ("/bin/sh", "-c", "sleep 1000 & echo ready")
+    child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, INHERIT), (), steps, True, -1, True, -1)
+    child.keep_pidfd()
+    events: Events = deque()
+    while not events:
+        select.select([hub.fileno()], [], [], 10)
+        hub.drain(events)
+    assert list(events) == [(child.id, 5, 0)]  # sleep holds the pipe
+    assert child.output(1) == b"ready\n"
+    assert child.pidfd >= 0
+    child.signal_group(signal.SIGKILL)
+    assert finish(hub) == [(child.id, 7, 0)]
+    child.close()
+    assert child.pidfd == -1
+    with pytest.raises(ProcessLookupError):
+        child.signal_group(signal.SIGKILL)
+
+
+def test_signal_to_a_group_is_none_for_whoever_leads_none(hub: _core.Hub) -> None:
+    child = launch(hub, b"/bin/sleep", "9")
+    with pytest.raises(ProcessLookupError):
+        child.signal_group(signal.SIGKILL)
+    child.send_signal(signal.SIGKILL)
+    wait(hub)
+
+
 # ---- leaks -------------------------------------------------------------------------------
 
 
@@ -161,7 +234,7 @@ def hub_with_a_failing_launch(hub: _core.Hub) -> None:
 
 def adopt(hub: _core.Hub) -> None:
     pid = os.posix_spawn("/bin/true", ["true"], {})
-    child = hub.adopt(pid, (-1, -1, -1))
+    child = hub.adopt(pid, (-1, -1, -1), None)
     wait(hub)
     assert child.rung == "popen"
 
@@ -189,6 +262,25 @@ def write(hub: _core.Hub) -> None:
     wait(hub)
 
 
+def feed(hub: _core.Hub) -> None:
+    child = one_shot(hub, "/bin/cat", limit=100_000)
+    child.feed(b"x" * 200_000)
+    finish(hub)
+    assert child.exceeded()
+    assert len(child.output(1)) == 100_000
+    forgotten = one_shot(hub, "/bin/cat")
+    forgotten.feed(b"x" * 200_000)
+
+
+def signal_group(hub: _core.Hub) -> None:
+    child = one_shot(hub, "/bin/true")
+    child.keep_pidfd()
+    child.feed(None)
+    with pytest.raises(ProcessLookupError):
+        child.signal_group(signal.SIGTERM)
+    finish(hub)
+
+
 LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
@@ -200,6 +292,11 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),
     "Launch.poll": lambda hub: finished(hub, b"/bin/true").poll(),
     "Launch.send_signal": send_signal,
+    "Launch.feed": feed,
+    "Launch.output": feed,
+    "Launch.exceeded": feed,
+    "Launch.signal_group": signal_group,
+    "Launch.keep_pidfd": signal_group,
     "Launch.write": write,
     "Launch.watch": write,
     "Launch.close_pipe": write,

@@ -316,7 +316,7 @@ os.waitpid(pid, 0x40000000)
 def test_zombie_held_by_a_tracer_does_not_spin_the_loop(python: list[str]) -> None:
     hub = _core.Hub()
     events: deque[Any] = deque()
-    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1, True)
+    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1, True, None)
     command = [*python, "-c", TRACER, str(child.pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
         assert tracer.stdin is not None

@@ -67,7 +67,8 @@ static struct block *block_for(const char *const *argv, const struct spawn_step 
 
 static int start_block(struct hub *hub, struct block *block, struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    int result = launch_start(hub, &block, rung, true, ret_launch, ret_op);
+    const struct launch_options options = {.rung = rung, .may_share_fds = true};
+    int result = launch_start(hub, &block, &options, ret_launch, ret_op);
     if (block)
         block_free(block);
     return result;

@@ -1,0 +1,206 @@
+/* A launch in one shot: see _oneshot.h. */
+#include "_oneshot.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/epoll.h>
+
+enum {
+    SCRATCH_SIZE = HUB_READ_SIZE,
+    GROWTH = 1024 * 1024,  /* bytes: the least by which a long output grows */
+    QUANTUM = 1024 * 1024, /* bytes read in one go, for the sake of the others; what the largest pipe holds */
+};
+
+void oneshot_begin(struct one_shot *shot, struct launch *launch)
+{
+    for (int i = 0; i < 2; i++)
+        shot->captures[i].open = launch_fd(launch, (enum launch_slot)(LAUNCH_STDOUT + i)) >= 0;
+}
+
+void oneshot_clear(struct one_shot *shot)
+{
+    PyBuffer_Release(&shot->input);
+    Py_CLEAR(shot->captures[0].bytes);
+    Py_CLEAR(shot->captures[1].bytes);
+}
+
+/* ---- input -------------------------------------------------------------------- */
+
+/* Writes what fits. A reader that has gone does not want the rest, as subprocess has it. */
+static int feed(struct one_shot *shot, struct launch *launch)
+{
+    while (shot->sent < shot->input.len) {
+        const char *data = (const char *)shot->input.buf + shot->sent;
+        ssize_t written = launch_write(launch, data, (size_t)(shot->input.len - shot->sent));
+        if (written == -EINTR)
+            continue;
+        if (written == -EAGAIN)
+            return launch_watch(launch, LAUNCH_STDIN, true);
+        if (written < 0)
+            break;
+        shot->sent += written;
+    }
+    launch_close_pipe(launch, LAUNCH_STDIN);
+    PyBuffer_Release(&shot->input);
+    return 0;
+}
+
+/* Takes the input, NULL for none, and writes the beginning. It stays the caller's memory:
+ * the buffer is held until all is written. -errno, or -1 with an exception set. */
+int oneshot_feed(struct one_shot *shot, struct launch *launch, PyObject *input)
+{
+    if (input && PyObject_GetBuffer(input, &shot->input, PyBUF_SIMPLE) < 0)
+        return -1;
+    return launch_fd(launch, LAUNCH_STDIN) < 0 ? 0 : feed(shot, launch);
+}
+
+static void settle_input(struct one_shot *shot, struct hub_event *event)
+{
+    if (event->value == EPOLLERR) {
+        launch_close_pipe(event->launch, LAUNCH_STDIN);
+        PyBuffer_Release(&shot->input);
+    } else {
+        launch_grow_pipe(event->launch, LAUNCH_STDIN); /* one filling was not enough */
+        if (feed(shot, event->launch) < 0)
+            launch_close_pipe(event->launch, LAUNCH_STDIN);
+    }
+}
+
+/* ---- output ------------------------------------------------------------------- */
+
+static void fail(struct capture *capture)
+{
+    PyErr_Clear();
+    Py_CLEAR(capture->bytes);
+    capture->size = 0;
+    capture->failed = capture->exceeded = true;
+}
+
+/* A bytes object of this size that begins with what the capture has. */
+static bool resize(struct capture *capture, Py_ssize_t size)
+{
+    if (!capture->bytes)
+        capture->bytes = PyBytes_FromStringAndSize(NULL, size);
+    else
+        (void)_PyBytes_Resize(&capture->bytes, size);
+    if (!capture->bytes)
+        fail(capture);
+    return capture->bytes != NULL;
+}
+
+static Py_ssize_t room(const struct capture *capture)
+{
+    return capture->bytes ? PyBytes_GET_SIZE(capture->bytes) - capture->size : 0;
+}
+
+/* A short output is copied to where it fits exactly. A long one is read to where it stays,
+ * with room to spare: realloc(3) moves its pages, not its bytes. */
+static ssize_t read_once(struct capture *capture, struct launch *launch, enum launch_slot slot, char *scratch)
+{
+    bool stays = capture->size >= SCRATCH_SIZE && !capture->exceeded;
+    if (stays && room(capture) < SCRATCH_SIZE) {
+        Py_ssize_t more = capture->size > GROWTH ? capture->size : GROWTH;
+        stays = capture->size <= PY_SSIZE_T_MAX - more && resize(capture, capture->size + more);
+    }
+    if (stays) {
+        Py_ssize_t most = room(capture) < QUANTUM ? room(capture) : QUANTUM;
+        ssize_t got = launch_read(launch, slot, PyBytes_AS_STRING(capture->bytes) + capture->size, (size_t)most);
+        capture->size += got > 0 ? got : 0;
+        return got;
+    }
+    ssize_t got = launch_read(launch, slot, scratch, SCRATCH_SIZE);
+    if (got > 0 && !capture->exceeded && resize(capture, capture->size + got)) {
+        memcpy(PyBytes_AS_STRING(capture->bytes) + capture->size, scratch, (size_t)got);
+        capture->size += got;
+    }
+    return got;
+}
+
+/* Reads once, or to the end of file if the writers are gone, a QUANTUM at the most. */
+static void read_output(struct one_shot *shot, struct launch *launch, enum launch_slot slot, bool writers_gone,
+                        char *scratch)
+{
+    struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
+    ssize_t got, total = 0;
+    if (!capture->open)
+        return;
+    do {
+        got = read_once(capture, launch, slot, scratch);
+        total += got > 0 ? got : 0;
+        if (got >= SCRATCH_SIZE)
+            launch_grow_pipe(launch, slot);
+        if (capture->size > shot->limit) {
+            capture->size = shot->limit;
+            capture->exceeded = true;
+        }
+    } while ((got > 0 && writers_gone && total < QUANTUM) || got == -EINTR);
+    if (got == 0 || (got < 0 && got != -EAGAIN)) {
+        capture->open = false;
+        launch_close_pipe(launch, slot);
+    }
+}
+
+/* The output of a pipe; what is not needed of its memory is given back. */
+PyObject *oneshot_output(struct one_shot *shot, int fd)
+{
+    struct capture *capture = &shot->captures[fd - 1];
+    if (capture->failed)
+        return PyErr_NoMemory();
+    if (room(capture) > 0 && !resize(capture, capture->size))
+        return PyErr_NoMemory();
+    return capture->bytes ? Py_NewRef(capture->bytes) : PyBytes_FromStringAndSize(NULL, 0);
+}
+
+/* ---- events --------------------------------------------------------------------- */
+
+/* Tells of an output that has become too long, once for each. */
+static bool tell_exceeded(struct one_shot *shot, struct hub_event *event)
+{
+    for (int i = 0; i < 2; i++) {
+        struct capture *capture = &shot->captures[i];
+        if (!capture->exceeded || capture->told)
+            continue;
+        capture->told = true;
+        event->kind = (enum hub_event_kind)ONESHOT_EXCEEDED;
+        event->value = i + 1;
+        return true;
+    }
+    return false;
+}
+
+static bool tell_finished(struct one_shot *shot, struct hub_event *event)
+{
+    if (!shot->exited || shot->finished || shot->captures[0].open || shot->captures[1].open)
+        return false;
+    shot->finished = true;
+    event->kind = (enum hub_event_kind)ONESHOT_FINISHED;
+    event->value = shot->returncode;
+    return true;
+}
+
+/* Does what an event of the hub asks for, and makes of it what is to be told: false for
+ * nothing. What came with the exit is read before that is told. */
+int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch)
+{
+    switch (event->kind) {
+    case HUB_STDIN:
+        settle_input(shot, event);
+        return false;
+    case HUB_READY:
+        read_output(shot, event->launch, (enum launch_slot)event->value, event->writers_gone, scratch);
+        return tell_finished(shot, event) || tell_exceeded(shot, event);
+    case HUB_EXITED:
+        shot->exited = true;
+        shot->returncode = event->value;
+        read_output(shot, event->launch, LAUNCH_STDOUT, true, scratch);
+        read_output(shot, event->launch, LAUNCH_STDERR, true, scratch);
+        (void)tell_finished(shot, event);
+        return true;
+    case HUB_STDOUT:
+    case HUB_STDERR:
+    case HUB_EXECED:
+    case HUB_FAILED:
+        break;
+    }
+    return true;
+}

@@ -1,0 +1,43 @@
+/* What run_process() has of its launch: input to be written, output that is kept, and
+ * the one piece of news that all is over.
+ *
+ * The binding's second file, since output is read straight into bytes objects. All of
+ * it runs in the loop's thread, which holds the GIL, and never inside the table's mutex.
+ */
+#ifndef AIOVSPAWN_ONESHOT_H
+#define AIOVSPAWN_ONESHOT_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "hub.h"
+
+/* The output of one pipe. */
+struct capture {
+    PyObject *bytes; /* NULL as long as there is none; longer than `size` while it grows */
+    Py_ssize_t size;
+    bool open;
+    bool exceeded; /* there was more than the limit; the rest is read and dropped */
+    bool told;     /* of that */
+    bool failed;   /* no memory */
+};
+
+struct one_shot {
+    struct capture captures[2]; /* stdout, stderr */
+    Py_ssize_t limit;           /* bytes of one pipe that are kept */
+    Py_buffer input;            /* .obj is NULL when there is none left */
+    Py_ssize_t sent;
+    bool exited, finished;
+    int returncode;
+};
+
+/* What _run.py is told beside the kinds of enum hub_event_kind. */
+enum { ONESHOT_FINISHED = HUB_READY + 1, ONESHOT_EXCEEDED };
+
+void oneshot_begin(struct one_shot *shot, struct launch *launch);
+int oneshot_feed(struct one_shot *shot, struct launch *launch, PyObject *input);
+int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch);
+PyObject *oneshot_output(struct one_shot *shot, int fd);
+void oneshot_clear(struct one_shot *shot);
+
+#endif
