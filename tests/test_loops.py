@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable, Coroutine
@@ -737,3 +738,119 @@ def test_loop_without_readers_is_left_to_its_own_method(caplog: pytest.LogCaptur
     assert len(messages) == 1
     assert messages[0].startswith("launches are delegated to the event loop: <") and "Own" in messages[0]
     assert messages[0].endswith("has no add_reader()")
+
+
+COLLECTED = """
+import asyncio, gc, warnings, aiovspawn
+from aiovspawn._hub import hub_of
+warnings.simplefilter("ignore")
+def leave_a_loop():
+    loop = aiovspawn.new_event_loop()
+    loop.me = loop
+async def first_launch():
+    hub_of(asyncio.get_running_loop())
+for number in range(1000):
+    gc.disable()
+    leave_a_loop()
+    loop = aiovspawn.new_event_loop()
+    gc.set_threshold(1 + number % 150, 1000, 1000)
+    gc.enable()
+    loop.run_until_complete(first_launch())
+    gc.disable()
+    loop.close()
+    gc.collect()
+"""
+
+
+def test_forgotten_loop_may_be_collected_while_another_gets_its_hub(python: list[str]) -> None:
+    """A lock held there was waited for by the closing of the loop that was collected."""
+    subprocess.run([*python[:1], "-c", COLLECTED], check=True, timeout=60)
+
+
+FORKED_EARLY = """
+import asyncio, os, signal, sys, threading, time, warnings, aiovspawn
+warnings.simplefilter("ignore")
+async def main():
+    return await (await asyncio.create_subprocess_exec("true")).wait()
+thread = threading.Thread(target=aiovspawn.run, args=(main(),))
+thread.start()
+time.sleep(float(sys.argv[1]))
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    os._exit(aiovspawn.run(main()))
+status = os.waitpid(pid, 0)[1]
+thread.join()
+sys.exit(status != 0)
+"""
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 12, 2))
+def test_fork_during_the_first_launch_of_another_thread(python: list[str], milliseconds: int) -> None:
+    subprocess.run([*python[:1], "-c", FORKED_EARLY, str(milliseconds / 1000)], check=True)
+
+
+FORKED_LOOP = """
+import asyncio, logging, os, resource, sys
+from aiovspawn import new_event_loop, uvloop
+logging.disable(logging.CRITICAL)
+loop = (new_event_loop if sys.argv[1] == "ours" else uvloop.new_event_loop)()
+ready, go = os.pipe()
+process = loop.run_until_complete(asyncio.create_subprocess_exec("cat", stdin=-1))
+pid = os.fork()
+if pid == 0:
+    os.close(go)
+    process.stdin.close()
+    os.read(ready, 1)  # the parent lets the process end, or is gone
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+    returncode = loop.run_until_complete(asyncio.wait_for(process.wait(), 10))
+    loop.run_until_complete(asyncio.sleep(0.5))
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
+    print(returncode, "busy" if used > 0.2 else "idle", flush=True)
+    os._exit(0)
+if sys.argv[2] == "parent stays":
+    process._transport.get_pipe_transport(0).close()
+    os.close(go)
+    os.waitpid(pid, 0)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("parent", ["parent stays", "parent goes"])
+@pytest.mark.parametrize("kind", ["ours", "our_uvloop"])
+def test_forked_child_that_goes_on_with_the_loop_hears_of_exits_and_does_not_spin(
+    python: list[str], kind: str, parent: str
+) -> None:
+    command = [*python[:1], "-W", "ignore", "-c", FORKED_LOOP, kind, parent]
+    returncode, cpu = subprocess.check_output(command, text=True).split()
+    assert returncode in ("0", "255")  # what the pidfd of a stranger tells depends on the kernel
+    assert cpu == "idle"
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_loop_that_nobody_closed_at_the_exit_of_the_interpreter(attached: bool) -> None:
+    code = f"""
+import asyncio, builtins, aiovspawn
+loop = builtins.kept = {"asyncio.SelectorEventLoop" if attached else "aiovspawn.new_event_loop"}()
+if {attached}:
+    aiovspawn.attach(loop)
+async def main():
+    await (await asyncio.create_subprocess_exec("true")).wait()
+loop.run_until_complete(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("run", [aiovspawn.run, aiovspawn.uvloop.run])
+async def test_run_in_a_running_loop_says_what_asyncio_run_says(run: Callable[..., object]) -> None:
+    async def main() -> None:
+        pass
+
+    coroutine = main()
+    with pytest.raises(RuntimeError) as theirs:
+        asyncio.run(coroutine)
+    with pytest.raises(RuntimeError) as ours:
+        run(coroutine)
+    coroutine.close()
+    assert str(ours.value) == str(theirs.value)
