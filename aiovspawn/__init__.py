@@ -8,6 +8,7 @@ from ._features import Feature, Features, features
 from ._loop import EventLoop, attach, new_event_loop, run
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
 from ._run import CompletedProcess, OutputLimitExceeded, run_process
+from ._scope import open_process
 
 __all__ = [
     "DEVNULL",
@@ -24,6 +25,7 @@ __all__ = [
     "create_subprocess_shell",
     "features",
     "new_event_loop",
+    "open_process",
     "run",
     "run_process",
 ]

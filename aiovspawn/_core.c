@@ -428,9 +428,12 @@ static PyObject *Launch_signal_group(LaunchObject *self, PyObject *argument)
     return signal_with(self, argument, launch_signal_group);
 }
 
-static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *Py_UNUSED(unused))
+static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *argument)
 {
-    launch_keep_pidfd(self->launch);
+    int keep = PyObject_IsTrue(argument);
+    if (keep < 0)
+        return NULL;
+    launch_keep_pidfd(self->launch, keep);
     Py_RETURN_NONE;
 }
 
@@ -557,7 +560,7 @@ static PyMethodDef Launch_methods[] = {
     {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
     {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
     {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
-    {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_NOARGS, NULL},
+    {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
     {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
     {"output", (PyCFunction)Launch_output, METH_O, NULL},
     {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},

@@ -118,13 +118,14 @@ async def run_delegated(
     """run_process() up to its result."""
     if limits.drain_timeout is not None:
         raise NotImplementedError("drain_timeout needs the fast path, which is not to be had here")
-    if isinstance(args, (str, bytes, os.PathLike)):
-        args = [args]
+    if shell and isinstance(args, os.PathLike):
+        raise TypeError("path-like args is not allowed when shell is true")
+    args = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
     if shell and len(args) == 1 and isinstance(args[0], (str, bytes)):
         process = await create_subprocess_shell(args[0], **keywords)
     else:
-        program = ["/bin/sh", "-c"] if shell else []
-        process = await create_subprocess_exec(*program, *args, **keywords)
+        program, *rest = ["/bin/sh", "-c", *args] if shell else [args[0], *args[1:]]
+        process = await create_subprocess_exec(program, *rest, **keywords)
     run = Delegated(process, limits)
     try:
         await run.communicate(input, timeout)

@@ -72,7 +72,7 @@ class OneShot(Attempts):
             self._hub.await_verdict()
         try:
             if self._limits.kill_group:
-                self._launch.keep_pidfd()
+                self._launch.keep_pidfd(True)
             if self._request.stdio[0] == PIPE:
                 self._launch.feed(self._input)
         except BaseException:
@@ -232,6 +232,7 @@ class OneShot(Attempts):
             self._retry_timer.cancel()
         self._hub.transports.pop(self._launch.id, None)
         self._launch.close()
+        self._input = None
 
     async def undo(self) -> None:
         """Kill the process and wait until it has been reaped, whoever cancels that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import signal
 from asyncio.subprocess import SubprocessStreamProtocol
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ class Process(asyncio.subprocess.Process):
 
     @property
     def pidfd(self) -> int | None:
-        """A file descriptor that refers to the process, or None once it has been reaped.
+        """A file descriptor that refers to the process; None once that is reaped, but for keep_pidfd().
 
         It belongs to the process object: duplicate it to keep it. See pidfd_open(2).
         """
@@ -52,6 +53,40 @@ class Process(asyncio.subprocess.Process):
         transport = self._transport
         usage = transport.get_rusage() if hasattr(transport, "get_rusage") else None
         return None if usage is None else resource.struct_rusage(cast(Any, usage))
+
+    def poll(self) -> int | None:
+        """Return the returncode as the kernel has it now, or None; as subprocess.Popen.poll()."""
+        return self.returncode
+
+    def terminate_group(self) -> None:
+        """Send SIGTERM to the process group that the process leads; see signal_group()."""
+        self.signal_group(signal.SIGTERM)
+
+    def kill_group(self) -> None:
+        """Send SIGKILL to the process group that the process leads; see signal_group()."""
+        self.signal_group(signal.SIGKILL)
+
+    def signal_group(self, sig: int) -> None:
+        """Send a signal to the process group that the process leads (process_group=0, start_new_session).
+
+        sig: its number. Raises ProcessLookupError where the process leads no group, and,
+        as the group's number could be another's by then, after its exit; after
+        keep_pidfd() not before the group is gone (Linux 6.9). See pidfd_send_signal(2).
+        """
+        self._own("signal_group")(sig)
+
+    def keep_pidfd(self, keep: bool = True) -> None:
+        """Keep the pidfd after the exit, for as long as the process object lives.
+
+        keep: False lets go of it again.
+        """
+        self._own("keep_pidfd")(keep)
+
+    def _own(self, name: str) -> Any:
+        method = getattr(self._transport, name, None)
+        if method is None:
+            raise NotImplementedError(f"{name}() needs the fast path, which is not to be had here")
+        return method
 
     async def communicate(self, input: bytes | bytearray | memoryview | None = None) -> tuple[Any, Any]:
         """Send input, read all output, wait for the exit; as asyncio's, returns (stdout, stderr)."""

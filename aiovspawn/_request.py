@@ -137,7 +137,7 @@ def make_request(
         _candidates(executable, env),
         encoded_env,
         stdio,
-        _pass_fds(pass_fds) if pass_fds else (),
+        () if pass_fds == () else _pass_fds(pass_fds),
         (*_steps(cwd, umask, restore_signals, start_new_session, process_group), *ids),
         bool(close_fds),
         min(pipe_size, C_INT_MAX),

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import time
 from subprocess import PIPE
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ._launch import ladder
 from ._limits import DEFAULT, Limits
@@ -58,17 +58,12 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
     pid: int
     duration: float
     truncated: bool
-    _usage: Any = None
+    _usage: tuple[float | int, ...] | None = None
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What this process alone has used (getrusage(2)); None where the kernel could not tell."""
-        if callable(self._usage):
-            self._usage = self._usage()
-        return None if self._usage is None else resource.struct_rusage(self._usage)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_usage": self.rusage and tuple(self.rusage)}
+        return None if self._usage is None else resource.struct_rusage(cast(Any, self._usage))
 
 
 async def run_process(
@@ -176,7 +171,7 @@ async def run_process(
     err: Any = ended.output(2)
     if ended.expired:
         assert timeout is not None
-        raise subprocess.TimeoutExpired(args, timeout, out or None, err or None)
+        raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
     truncated = output_limit is not None and ended.exceeded
     if truncated and limits.kill_at_limit:
         assert output_limit is not None
@@ -184,12 +179,12 @@ async def run_process(
     if codec is not None:
         out, err = _decode(out, *codec, truncated), _decode(err, *codec, truncated)
     if check and ended.returncode:
-        raise subprocess.CalledProcessError(ended.returncode, args, out, err)
+        raise subprocess.CalledProcessError(ended.returncode, args, output=out, stderr=err)
     completed = CompletedProcess(args, ended.returncode, out, err)
     completed.pid = ended.pid
     completed.duration = time.monotonic() - begin
     completed.truncated = truncated
-    completed._usage = ended.rusage
+    completed._usage = ended.rusage()
     return completed
 
 

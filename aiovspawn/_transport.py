@@ -85,17 +85,17 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self.loop.call_soon(self._execed)
 
     async def undo(self) -> None:
-        """Leave nothing of a launch nobody waits for any more."""
+        """Leave nothing of a launch nobody waits for any more, whoever cancels that."""
         self.close()
         if self._returncode is not None:
             return
         waiter: asyncio.Future[int] = self.loop.create_future()
         self._exit_waiters.append(waiter)
         timer = self.loop.call_later(KILL_TIMEOUT, waiter.cancel)
-        try:
-            await asyncio.wait([waiter])
-        finally:
-            timer.cancel()
+        while not waiter.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([waiter])
+        timer.cancel()
         if self._returncode is None:
             warnings.warn(
                 f"process {self._launch.pid} has not died of SIGKILL yet; it is reaped when it does",
@@ -303,6 +303,14 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             raise ProcessLookupError
         with contextlib.suppress(ProcessLookupError):  # has exited, and the news is on its way
             self._launch.send_signal(signal)
+
+    def signal_group(self, signal: int) -> None:
+        """Send a signal to the process group that the child leads."""
+        self._launch.signal_group(signal)
+
+    def keep_pidfd(self, keep: bool = True) -> None:
+        """Keep the pidfd after the exit, for signal_group(); or no longer than until then."""
+        self._launch.keep_pidfd(keep)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -794,11 +794,14 @@ int launch_signal_group(struct launch *launch, int sig)
     return result;
 }
 
-/* Keeps the pidfd until the launch is closed, for launch_signal_group(). */
-void launch_keep_pidfd(struct launch *launch)
+/* Keeps the pidfd until the launch is closed, for launch_signal_group(); or no longer
+ * than until the child has been reaped. */
+void launch_keep_pidfd(struct launch *launch, bool keep)
 {
     launch_lock();
-    launch->keeps_pidfd = true;
+    launch->keeps_pidfd = keep;
+    if (!keep && launch->exited && !launch->watched[LAUNCH_PIDFD])
+        launch_close_slot_locked(launch, LAUNCH_PIDFD);
     launch_unlock();
 }
 

@@ -114,7 +114,7 @@ bool launch_usage(struct launch *launch, struct rusage *ret_usage);
 int launch_fd(struct launch *launch, enum launch_slot slot);
 int launch_signal(struct launch *launch, int sig);
 int launch_signal_group(struct launch *launch, int sig);
-void launch_keep_pidfd(struct launch *launch);
+void launch_keep_pidfd(struct launch *launch, bool keep);
 ssize_t launch_write(struct launch *launch, const void *data, size_t size);
 ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size);
 void launch_grow_pipe(struct launch *launch, enum launch_slot slot);

@@ -200,7 +200,7 @@ def test_signal_reaches_the_group_when_its_leader_is_gone(hub: _core.Hub) -> Non
     steps = ((_core.STEP_SETSID, 0, 0, None),)
     argv = ("/bin/sh", "-c", "sleep 1000 & echo ready")
     child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, INHERIT), (), steps, True, -1, True, -1)
-    child.keep_pidfd()
+    child.keep_pidfd(True)
     events: Events = deque()
     while not events:
         select.select([hub.fileno()], [], [], 10)
@@ -274,7 +274,7 @@ def feed(hub: _core.Hub) -> None:
 
 def signal_group(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/true")
-    child.keep_pidfd()
+    child.keep_pidfd(True)
     child.feed(None)
     with pytest.raises(ProcessLookupError):
         child.signal_group(signal.SIGTERM)

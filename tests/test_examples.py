@@ -57,6 +57,7 @@ def children(report: Path) -> dict[str, int]:
         ("on_uvloop.py", "aiovspawn.uvloop 0027"),
         ("attach_loop.py", "Linux"),
         ("anyio_commands.py", "Linux"),
+        ("one_call.py", "hello from cat"),
     ],
 )
 def test_example_takes_the_fast_path(tmp_path: Path, example: str, output: str) -> None:

@@ -1,0 +1,504 @@
+"""run_process(): what subprocess.run() does, and what it cannot do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import HERE, LOOP_FACTORIES, on_loop
+
+import aiovspawn
+from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, run_process
+from aiovspawn._launch import ladder
+
+suite = pytest.importorskip("test.test_subprocess", reason="this Python comes without its tests")
+
+HOLDER = "sleep 1000 & echo $!"
+"""Leaves a process that holds stdout; prints its pid."""
+
+
+def run(*args: Any, **keywords: Any) -> aiovspawn.CompletedProcess:
+    return aiovspawn.run(run_process(*args, **keywords))
+
+
+@contextlib.contextmanager
+def reaped_by_a_stranger() -> Iterator[list[bytes]]:
+    """End the processes whose numbers are put into the list."""
+    outputs: list[bytes] = []
+    yield outputs
+    for output in outputs:
+        os.kill(int(output), signal.SIGKILL)
+
+
+# ---- subprocess.run() has the answer -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in unittest.defaultTestLoader.getTestCaseNames(suite.RunFuncTestCase)
+        if name != "test_encoding_warning"  # runs a program of its own; see below
+    ],
+)
+def test_cpythons_own_tests_of_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", run)
+    result = unittest.TestResult()
+    suite.RunFuncTestCase(name).run(result)
+    assert result.testsRun or result.skipped
+    assert not result.errors and not result.failures, result
+
+
+def outcome(call: Callable[..., subprocess.CompletedProcess[Any]], args: Any, keywords: Any) -> object:
+    """What a call returns or raises, as far as it can be compared."""
+    try:
+        done = call(args, **keywords)
+    except Exception as exc:
+        attributes = {name: getattr(exc, name, None) for name in ("output", "stderr", "errno", "filename")}
+        return type(exc), str(exc), exc.args, attributes
+    return done.args, done.returncode, done.stdout, done.stderr
+
+
+NEWLINES = b"a\nb\r\nc\rd\n\re\r\r\n\xc3\xa4"
+CAT = ["cat"]
+
+SAME = {
+    "capture": (["echo", "hello"], {"capture_output": True}),
+    "merged": ("echo a; echo b >&2", {"shell": True, "stdout": PIPE, "stderr": STDOUT}),
+    "only stderr": ("echo a; echo b >&2", {"shell": True, "stdout": DEVNULL, "stderr": PIPE}),
+    "returncode": ("exit 7", {"shell": True}),
+    "signal": ("kill -9 $$", {"shell": True}),
+    "check": ("echo a; echo b >&2; exit 7", {"shell": True, "capture_output": True, "check": True}),
+    "check of a signal": ("kill -9 $$", {"shell": True, "check": True}),
+    "shell and list": (["echo $0 $1", "a", "b"], {"shell": True, "stdout": PIPE}),
+    "str": ("ls", {"stdout": DEVNULL}),
+    "bytes": (b"/bin/echo", {"stdout": PIPE}),
+    "path": (Path("/bin/echo"), {"stdout": PIPE}),
+    "path and shell": (Path("/bin/echo"), {"shell": True}),
+    "tuple": (("echo", b"a", Path("b")), {"stdout": PIPE}),
+    "nothing": ([], {}),
+    "none": (None, {}),
+    "input": (CAT, {"input": b"abc", "stdout": PIPE}),
+    "empty input": (CAT, {"input": b"", "stdout": PIPE}),
+    "memoryview": (CAT, {"input": memoryview(b"abc"), "stdout": PIPE}),
+    "bytearray": (CAT, {"input": bytearray(b"abc"), "stdout": PIPE}),
+    "str for bytes": (CAT, {"input": "abc", "stdout": PIPE}),
+    "bytes for str": (CAT, {"input": b"abc", "stdout": PIPE, "text": True}),
+    "stdin is a pipe": (CAT, {"stdin": PIPE, "stdout": PIPE}),
+    "input and stdin": (CAT, {"input": b"", "stdin": DEVNULL}),
+    "capture and stdout": (CAT, {"capture_output": True, "stdout": PIPE}),
+    "text": (CAT, {"input": "ä\r\nb", "text": True, "stdout": PIPE}),
+    "newlines": (["printf", "%b", NEWLINES], {"stdout": PIPE, "text": True}),
+    "newlines of stderr": (["sh", "-c", 'printf %b "$0" >&2', NEWLINES], {"stderr": PIPE, "text": True}),
+    "universal newlines": (["printf", "%b", NEWLINES], {"stdout": PIPE, "universal_newlines": True}),
+    "neither": (["printf", "%b", NEWLINES], {"stdout": PIPE, "text": False, "universal_newlines": False}),
+    "both": (CAT, {"text": True, "universal_newlines": False}),
+    "latin-1": (CAT, {"input": "ä", "encoding": "latin-1", "stdout": PIPE}),
+    "utf-16": (CAT, {"input": "ä\n", "encoding": "utf-16", "stdout": PIPE}),
+    "broken": (["printf", "%b", b"\xc3a"], {"stdout": PIPE, "encoding": "utf-8"}),
+    "replaced": (["printf", "%b", b"\xc3a"], {"stdout": PIPE, "encoding": "utf-8", "errors": "replace"}),
+    "only errors": (["printf", "%b", b"\xc3a"], {"stdout": PIPE, "errors": "ignore"}),
+    "unencodable": (CAT, {"input": "ä", "encoding": "ascii"}),
+    "missing": (["/nonexistent"], {}),
+    "missing, captured": (["nonexistent"], {"capture_output": True}),
+    "directory": (["/tmp"], {}),
+    "cwd": (["pwd"], {"cwd": "/usr", "stdout": PIPE}),
+    "no cwd": (["pwd"], {"cwd": "/nonexistent"}),
+    "env": (["/usr/bin/env"], {"env": {"A": "b"}, "stdout": PIPE}),
+    "bufsize": (CAT, {"bufsize": "x"}),
+    "bufsize 0": (["echo", "a"], {"bufsize": 0, "stdout": PIPE}),
+    "timeout with output": ("echo a; sleep 9", {"shell": True, "timeout": 0.3, "stdout": PIPE, "text": True}),
+    "no time needed": (["echo", "a"], {"timeout": 99, "stdout": PIPE}),
+    "executable": (["x", "-c", "echo $0"], {"executable": "/bin/sh", "stdout": PIPE}),
+    "preexec_fn": (["pwd"], {"preexec_fn": functools.partial(os.chdir, "/usr"), "stdout": PIPE}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_as_subprocess_run(rung: str, name: str) -> None:
+    args, keywords = SAME[name]
+    assert outcome(run, args, keywords) == outcome(subprocess.run, args, keywords)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_same_as_subprocess_run_when_delegated(name: str) -> None:
+    args, keywords = SAME[name]
+    ladder.force("delegate")
+    try:
+        ours = outcome(run, args, keywords)
+    finally:
+        ladder.force(None)
+    assert ours == outcome(subprocess.run, args, keywords)
+
+
+def test_default_encoding_is_warned_of_where_it_is_wanted() -> None:
+    code = """
+import aiovspawn
+async def main():
+    await aiovspawn.run_process("echo hello", shell=True, text=True)  # line 4
+aiovspawn.run(main())
+"""
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "<string>:4: EncodingWarning" in done.stderr
+
+
+# ---- what is more ------------------------------------------------------------------------
+
+
+async def test_completed_process_knows_more() -> None:
+    done = await run_process(["sh", "-c", "echo $$"], stdout=PIPE)
+    assert done.pid == int(done.stdout)
+    assert 0 < done.duration < 60
+    assert done.rusage is not None and done.rusage.ru_minflt > 0
+    assert not done.truncated
+    assert isinstance(done, subprocess.CompletedProcess)
+    for other in (copy.copy(done), pickle.loads(pickle.dumps(done))):
+        assert vars(other).keys() == vars(done).keys()
+        assert (other.pid, other.rusage, repr(other)) == (done.pid, done.rusage, repr(done))
+
+
+async def test_input_is_neither_copied_nor_changed_under_our_feet(rung: str) -> None:
+    data = bytearray(os.urandom(5_000_000))
+    launch = asyncio.ensure_future(run_process(["cat"], input=data, stdout=PIPE))
+    await asyncio.sleep(0)
+    with pytest.raises(BufferError):
+        data.append(0)
+    assert (await launch).stdout == data
+    data.append(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOOP_FACTORIES)
+def test_256_mib_both_ways(kind: str) -> None:
+    data = random.Random(1).randbytes(1 << 20) * 256
+    with asyncio.Runner(loop_factory=LOOP_FACTORIES[kind]) as runner:
+        done = runner.run(run_process(["cat"], input=data, stdout=PIPE))
+    assert done.stdout == data
+
+
+async def test_both_outputs_are_read_at_once(core_rung: str) -> None:
+    script = "for i in 1 2 3; do head -c 300000 /dev/zero; head -c 300000 /dev/zero >&2; done"
+    done = await run_process(script, shell=True, capture_output=True)
+    assert done.stdout == done.stderr == bytes(900_000)
+
+
+async def test_child_that_does_not_read_its_input(rung: str) -> None:
+    done = await run_process("exec 0<&-; echo done", shell=True, input=bytes(1 << 20), stdout=PIPE)
+    assert done.stdout == b"done\n"
+
+
+async def test_child_that_reads_some_of_its_input(rung: str) -> None:
+    done = await run_process(["head", "-c", "100000"], input=bytes(1 << 20), stdout=PIPE)
+    assert done.stdout == bytes(100_000)
+
+
+@pytest.mark.parametrize("kind", LOOP_FACTORIES)
+def test_endless_output_is_an_error(kind: str) -> None:
+    with (
+        asyncio.Runner(loop_factory=LOOP_FACTORIES[kind]) as runner,
+        pytest.raises(OutputLimitExceeded) as caught,
+    ):
+        runner.run(run_process(["yes"], stdout=PIPE, output_limit=1_000_001))
+    assert caught.value.stdout == b"y\n" * 500_000 + b"y"
+    assert caught.value.returncode == -signal.SIGKILL
+    assert caught.value.cmd == ["yes"]
+    assert caught.value.stderr is None
+    assert str(caught.value) == "Command ['yes'] wrote more than 1000001 bytes"
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert vars(again) == vars(caught.value)
+
+
+async def test_endless_output_is_truncated(rung: str) -> None:
+    command = "yes | head -c 5000000; echo end >&2; exit 3"
+    done = await run_process(
+        command, shell=True, capture_output=True, output_limit=999, on_output_limit="truncate"
+    )
+    assert done.stdout == (b"y\n" * 500)[:999]
+    assert done.stderr == b"end\n"
+    assert done.returncode == 3
+    assert done.truncated
+
+
+async def test_output_as_long_as_the_limit_is_none_too_long() -> None:
+    done = await run_process(["printf", "12345"], stdout=PIPE, output_limit=5)
+    assert done.stdout == b"12345"
+    with pytest.raises(OutputLimitExceeded):
+        await run_process(["printf", "1"], stdout=PIPE, output_limit=0)
+
+
+async def test_truncated_text_has_no_half_character() -> None:
+    done = await run_process(
+        ["printf", "aä"], stdout=PIPE, encoding="utf-8", output_limit=2, on_output_limit="truncate"
+    )
+    assert done.stdout == "a"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"output_limit": -1}, "output_limit must not be negative: -1"),
+        (
+            {"output_limit": 1, "on_output_limit": "x"},
+            "on_output_limit must be 'error' or 'truncate', not 'x'",
+        ),
+        ({"terminate_grace": -1.0}, "terminate_grace must not be negative: -1.0"),
+        ({"drain_timeout": float("nan")}, "drain_timeout must not be negative: nan"),
+    ],
+)
+async def test_bad_limits(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        await run_process(["true"], **keywords)
+
+
+@pytest.mark.parametrize("timeout", [0, -1])
+async def test_no_time_at_all(rung: str, timeout: int) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(["sleep", "9"], timeout=timeout)
+    assert caught.value.timeout == timeout
+
+
+# ---- ends ----------------------------------------------------------------------------------
+
+
+async def test_process_that_ignores_sigterm_is_killed_after_its_grace(rung: str) -> None:
+    command = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(command, shell=True, stdout=PIPE, timeout=0.3, terminate_grace=0.3)
+    assert caught.value.output == b"ready\nasked\n"
+
+
+async def test_process_that_obeys_sigterm_is_not_killed() -> None:
+    command = "trap 'echo asked; exit 5' TERM; echo ready; while :; do sleep 0.01; done"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(command, shell=True, stdout=PIPE, timeout=0.3, terminate_grace=100)
+    assert caught.value.output == b"ready\nasked\n"
+
+
+async def test_group_is_killed_with_its_leader(rung: str) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(f"{HOLDER}; wait", shell=True, stdout=PIPE, timeout=0.3, kill_group=True)
+    with pytest.raises(ProcessLookupError):
+        await until_dead(int(caught.value.output))
+
+
+async def until_dead(pid: int) -> None:
+    """Raise ProcessLookupError when init, or whoever adopts orphans here, has reaped it."""
+    for _ in range(1000):
+        if b"Z" in Path(f"/proc/{pid}/stat").read_bytes().split() if Path(f"/proc/{pid}").exists() else True:
+            raise ProcessLookupError
+        await asyncio.sleep(0.01)
+
+
+async def test_group_has_its_grace_when_the_leader_has_gone() -> None:
+    """The leader dies of SIGTERM at once; the other takes its time, and is not killed."""
+    command = "(trap 'sleep 0.2; echo last words; exit' TERM; echo ready; sleep 9 & wait) & wait"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(command, shell=True, stdout=PIPE, timeout=0.3, kill_group=True, terminate_grace=50)
+    assert caught.value.output == b"ready\nlast words\n"
+
+
+async def test_group_that_ignores_sigterm_is_killed_when_its_leader_has_gone() -> None:
+    command = "(trap '' TERM; echo ready; while :; do sleep 0.01; done) & wait"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(command, shell=True, stdout=PIPE, timeout=0.2, kill_group=True, terminate_grace=0.2)
+    assert caught.value.output == b"ready\n"
+
+
+async def test_grandchild_that_holds_the_pipe_is_not_waited_for_after_a_kill(rung: str) -> None:
+    with reaped_by_a_stranger() as holders:
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            await run_process(f"{HOLDER}; wait", shell=True, stdout=PIPE, timeout=0.3)
+        holders.append(caught.value.output)
+
+
+async def test_grandchild_that_holds_the_pipe_is_waited_for_no_longer_than_told(rung: str) -> None:
+    with reaped_by_a_stranger() as holders:
+        done = await run_process(HOLDER, shell=True, stdout=PIPE, drain_timeout=0.05)
+        holders.append(done.stdout)
+        assert done.returncode == 0
+
+
+async def test_grandchild_that_holds_the_pipe_is_waited_for_as_subprocess_does() -> None:
+    done = await run_process("(sleep 0.3; echo late) & echo soon", shell=True, stdout=PIPE)
+    assert done.stdout == b"soon\nlate\n"
+    with reaped_by_a_stranger() as holders:
+        with pytest.raises(subprocess.TimeoutExpired) as caught:
+            await run_process(HOLDER, shell=True, stdout=PIPE, timeout=0.2)
+        holders.append(caught.value.output)
+
+
+# ---- cancellation --------------------------------------------------------------------------
+
+
+SCENES: dict[str, dict[str, Any]] = {
+    "echo": {"args": ["echo", "hello"], "capture_output": True},
+    "cat": {"args": ["cat"], "input": bytes(200_000), "stdout": PIPE},
+    "sleep": {"args": ["sleep", "100"]},
+    "grace": {"args": ["sleep", "100"], "terminate_grace": 5, "kill_group": True, "timeout": 0.001},
+    "missing": {"args": ["/nonexistent"]},
+}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_cancelled_at_every_turn_of_the_loop_it_leaves_nothing(core_rung: str, scene: str) -> None:
+    async def cancelled_after(turns: int) -> bool:
+        task = asyncio.ensure_future(run_process(**SCENES[scene]))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        ended = (asyncio.CancelledError, subprocess.TimeoutExpired, FileNotFoundError)
+        with contextlib.suppress(*ended):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert _core.counts()["orphans"] == _core.counts()["in_flight"] == 0
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        return task.cancelled()
+
+    async def main() -> None:
+        assert any([await cancelled_after(turns) for turns in (*range(12), 20, 50)])
+
+    aiovspawn.run(main())
+
+
+async def test_cancelled_twice_the_grace_is_over() -> None:
+    command = "trap 'echo asked' TERM; echo ready; while :; do sleep 0.01; done"
+    task = asyncio.ensure_future(run_process(command, shell=True, stdout=PIPE, terminate_grace=1000))
+    await asyncio.sleep(0.2)
+    task.cancel()
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_coroutine_closed_without_a_loop_kills() -> None:
+    async def main() -> None:
+        coroutine = run_process(["sleep", "1000"])
+        coroutine.send(None)
+        coroutine.close()
+        while _core.reap_orphans():
+            await asyncio.sleep(0.001)
+
+    aiovspawn.run(main())
+
+
+async def test_a_thousand_with_random_ends(core_rung: str) -> None:
+    dice = random.Random(7)
+
+    async def one(number: int) -> None:
+        kind = dice.randrange(5)
+        command = ["sleep", "100"] if kind < 2 else ["echo", str(number)]
+        timeout = dice.random() / 10 if kind in (0, 2) else None
+        task = asyncio.ensure_future(run_process(command, capture_output=True, timeout=timeout))
+        if kind in (1, 3):
+            await asyncio.sleep(dice.random() / 10)
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, subprocess.TimeoutExpired):
+            assert (await task).stdout == f"{number}\n".encode()
+
+    gate = asyncio.Semaphore(100)
+
+    async def gated(number: int) -> None:
+        async with gate:
+            await one(number)
+
+    await asyncio.gather(*(gated(number) for number in range(1000)))
+
+
+# ---- loops and rungs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", LOOP_FACTORIES)
+def test_on_every_loop_and_in_debug_mode(kind: str) -> None:
+    with asyncio.Runner(loop_factory=LOOP_FACTORIES[kind], debug=True) as runner:
+        done = runner.run(run_process(["cat"], input="hello", text=True, capture_output=True))
+    assert (done.stdout, done.stderr) == ("hello", "")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_eager_tasks() -> None:
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    done = await asyncio.gather(*(run_process(["echo", str(n)], stdout=PIPE) for n in range(20)))
+    assert [int(one.stdout) for one in done] == list(range(20))
+
+
+def test_takes_the_fast_path() -> None:
+    before = _core.counts()["rungs"]["detached-clone3"]
+    run(["true"])
+    assert _core.counts()["rungs"]["detached-clone3"] == before + 1
+
+
+def test_shared_fd_table_refused_later(python: list[str]) -> None:
+    code = f"""
+import os, sys, aiovspawn
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+from aiovspawn import _core, run_process
+_core.share_fds_from(0)
+async def main():
+    seccomp.install("close_range-enosys")
+    done = await run_process(["cat"], input=b"x" * 100000, capture_output=True)
+    assert done.stdout == b"x" * 100000
+    try:
+        await run_process(["/nonexistent"])
+    except FileNotFoundError:
+        return
+    raise AssertionError
+aiovspawn.run(main())
+"""
+    on_loop(code, python)
+
+
+def test_when_delegated_ends_come_all_the_same(python: list[str]) -> None:
+    code = """
+import asyncio, subprocess, aiovspawn
+from aiovspawn import run_process
+async def main():
+    done = await run_process("head -c 99999 /dev/zero; exit 3", shell=True, stdout=-1, output_limit=99,
+                             on_output_limit="truncate")
+    assert (done.stdout, done.returncode, done.truncated) == (bytes(99), 3, True)
+    try:
+        await run_process(["yes"], stdout=-1, output_limit=99)
+    except aiovspawn.OutputLimitExceeded as exc:
+        assert len(exc.stdout) == 99
+    else:
+        raise AssertionError
+    try:
+        await run_process("trap '' TERM; echo a; sleep 100 & wait", shell=True, stdout=-1, timeout=0.3,
+                          terminate_grace=0.2, kill_group=True)
+    except subprocess.TimeoutExpired as exc:
+        assert exc.stdout == b"a\\n", exc.stdout
+    else:
+        raise AssertionError
+    task = asyncio.ensure_future(run_process(["sleep", "100"]))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    try:
+        await task
+    except asyncio.CancelledError:
+        pass
+    try:
+        await run_process(["true"], drain_timeout=1)
+    except NotImplementedError as exc:
+        assert "drain_timeout" in str(exc)
+    else:
+        raise AssertionError
+asyncio.run(main())
+"""
+    on_loop(code, python, AIOVSPAWN_RUNG="delegate")
