@@ -467,6 +467,16 @@ static void bury_locked(struct launch *launch)
         free_launch_locked(launch);
 }
 
+/* A child that shares our fd table needs its ends there until it has left, and somebody
+ * to say it to: otherwise it fails at that step. */
+static void settle_closed_locked(struct launch *launch)
+{
+    if (!launch_left_memory_locked(launch) && launch->shares_fds)
+        return;
+    set_detached_locked(launch);
+    launch_close_slot_locked(launch, LAUNCH_STATUS);
+}
+
 static size_t reap_orphans_locked(void)
 {
     struct launch *next, *launch = counts.orphans ? first_launch : NULL;
@@ -474,10 +484,7 @@ static size_t reap_orphans_locked(void)
         next = launch->next;
         if (!launch->closed || launch->pidfd < 0)
             continue;
-        if (launch_left_memory_locked(launch)) {
-            set_detached_locked(launch);
-            launch_close_slot_locked(launch, LAUNCH_STATUS);
-        }
+        settle_closed_locked(launch);
         if (launch_reap_locked(launch)) {
             counts.orphans--;
             bury_locked(launch);
@@ -504,12 +511,10 @@ static void close_locked(struct launch *launch)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
     hub_unwatch_locked(launch, LAUNCH_STATUS);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
-    if (!launch->shares_fds) /* a child that does would fail to say that it has a table of its own */
-        launch_close_slot_locked(launch, LAUNCH_STATUS);
     launch->hub = NULL;
     if (launch->verdict == LAUNCH_PENDING)
         launch->verdict = LAUNCH_EXECED; /* nobody will ask */
-    (void)launch_left_memory_locked(launch);
+    settle_closed_locked(launch);
     if (launch_reap_locked(launch) || launch_is_foreign(launch->generation))
         close_all_locked(launch);
     else
