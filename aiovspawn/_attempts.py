@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import Any
+from typing import Any, cast
 
 from . import _core, _popen
 from ._hub import EXITED, LoopHub
-from ._request import Request, launch_error
+from ._request import INHERIT, Request, launch_error
 
 RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
 """Seconds before each new try of a launch that met ETXTBSY, a quarter of a second in all.
@@ -38,6 +38,8 @@ class Attempts:
     _retries = 0
     _first_id = 0
     _contended = False
+    _keeper: _core.Launch | None = None
+    """A failed attempt that keeps duplicates of the parent's stdio for the next."""
     _retry_timer: asyncio.TimerHandle | None = None
 
     def __init__(
@@ -78,6 +80,10 @@ class Attempts:
                 if not hasattr(exc, "step"):
                     raise
                 raise launch_error(request, exc.step, exc.errno or 0) from None
+            finally:
+                if self._keeper is not None:
+                    self._keeper.close()
+                    self._keeper = None
         self._hub.add(self._launch, self)
         self._attempted()
 
@@ -85,15 +91,29 @@ class Attempts:
         """Whether a failed launch is repeated; if so, it is closed."""
         if _core.STEP_UNSHARE_FDS <= step <= _core.STEP_DETACHED:
             self._may_share_fds = False
+            self._inherit_what_was_kept()
             delay, waited = 0.0, OLDER_TIMEOUT
         elif self._was_busy(step, error):
             delay, waited = RETRY_DELAYS[self._retries], 0.0
             self._retries += 1
         else:
             return False
-        self._launch.close()
+        if self._keeper is None:
+            self._launch.close()
         self._call_retry(delay, waited)
         return True
+
+    def _inherit_what_was_kept(self) -> None:
+        """Another file may be the parent's stdin, stdout or stderr by now."""
+        request, kept = self._request, self._launch.kept()
+        request.stdio = cast(
+            tuple[int, int, int],
+            tuple(
+                fd if plan == INHERIT and fd >= 0 else plan
+                for plan, fd in zip(request.stdio, kept, strict=True)
+            ),
+        )
+        self._keeper = self._launch
 
     def _was_busy(self, step: int, error: int) -> bool:
         """Whether an older launch may have held the program's file open for writing."""

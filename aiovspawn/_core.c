@@ -485,6 +485,14 @@ static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
     return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
 }
 
+/* kept() -> fds of what the child should have inherited, -1 where there is none; see launch_kept(). */
+static PyObject *Launch_kept(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    int fds[3];
+    launch_kept(self->launch, fds);
+    return Py_BuildValue("(iii)", fds[0], fds[1], fds[2]);
+}
+
 /* feed(input): a bytes-like object that is written to stdin, which is then closed; None for none. */
 static PyObject *Launch_feed(LaunchObject *self, PyObject *input)
 {
@@ -561,6 +569,7 @@ static PyMethodDef Launch_methods[] = {
     {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
     {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
     {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
+    {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
     {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
     {"output", (PyCFunction)Launch_output, METH_O, NULL},
     {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "launch.h"
 #include "hub.h"
+#include "probe.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -43,6 +44,10 @@ static uint64_t generation; /* counts forks */
 enum { SHARE_FDS_FROM = 256 };
 static int share_fds_from = SHARE_FDS_FROM;
 static enum { SHARING_UNTRIED, SHARING_WORKS, SHARING_REFUSED } sharing;
+static int sharing_failures; /* in a row, without a reason */
+enum { SHARING_FAILURES_MAX = 3 };
+static size_t undetached; /* launches whose child still shares our table */
+enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has up to seven */
 
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
 static size_t hiding;
@@ -271,8 +276,16 @@ void launch_close_slot_locked(struct launch *launch, enum launch_slot slot)
         (void)close(old);
 }
 
+static void set_sharing_locked(struct launch *launch, bool shares)
+{
+    if (launch->shares_fds != shares)
+        undetached += shares ? 1 : (size_t)-1;
+    launch->shares_fds = shares;
+}
+
 static void close_all_locked(struct launch *launch)
 {
+    set_sharing_locked(launch, false);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
     spawn_close_child_ends(&launch->ends);
@@ -303,7 +316,7 @@ bool launch_left_memory_locked(struct launch *launch)
 /* The child has a fd table of its own, or needs none any more. */
 static void set_detached_locked(struct launch *launch)
 {
-    launch->shares_fds = false;
+    set_sharing_locked(launch, false);
     spawn_close_child_ends(&launch->ends);
 }
 
@@ -315,14 +328,34 @@ static void set_verdict_locked(struct launch *launch, enum launch_verdict verdic
     (void)launch_left_memory_locked(launch);
 }
 
-/* Where it is the table's sharing that failed, and no other launch's need to hide our
- * memory was the reason, the next would fail as well. */
+/* Whether the next launch that shares our table would fail as well: for a lasting reason,
+ * or for none that is known, again and again; not if our memory was hidden meanwhile. */
+static bool sharing_is_refused_locked(const struct launch *launch, struct spawn_record record)
+{
+    if (launch->hidings != hidings || hiding > 0)
+        return false;
+    if (record.error == EAGAIN)
+        return ++sharing_failures >= SHARING_FAILURES_MAX;
+    return record.error == ENOSYS || record.error == EPERM || record.error == EINVAL || record.error == EACCES ||
+           record.error == ENOENT;
+}
+
+/* Where it is the table's sharing that failed, the kept duplicates of what the child
+ * inherits stay until the launch is closed, for the next attempt. */
 static bool set_failed_locked(struct launch *launch, struct spawn_record record)
 {
-    if (record.op >= SPAWN_UNSHARE_FDS && record.op <= SPAWN_REOPEN && launch->hidings == hidings && hiding == 0)
-        sharing = SHARING_REFUSED;
     launch->record = record;
-    set_verdict_locked(launch, LAUNCH_FAILED);
+    if (record.op >= SPAWN_UNSHARE_FDS && record.op <= SPAWN_DETACHED) {
+        if (record.op <= SPAWN_REOPEN && sharing_is_refused_locked(launch, record))
+            sharing = SHARING_REFUSED;
+        set_sharing_locked(launch, false);
+        spawn_close_own_child_ends(&launch->ends);
+        launch->verdict = LAUNCH_FAILED;
+        launch_close_slot_locked(launch, LAUNCH_STATUS);
+        (void)launch_left_memory_locked(launch);
+    } else {
+        set_verdict_locked(launch, LAUNCH_FAILED);
+    }
     return true;
 }
 
@@ -336,13 +369,15 @@ bool launch_read_status_locked(struct launch *launch)
     struct spawn_record record;
     bool left = launch->exited || (launch->detached && launch_left_memory_locked(launch));
     ssize_t size = read(launch->ends.status_read, said, sizeof said);
-    if (size == 1 || size == (ssize_t)sizeof said)
+    if (size == 1 || size == (ssize_t)sizeof said) {
         set_detached_locked(launch);
+        sharing_failures = 0;
+    }
     if (size >= (ssize_t)sizeof record) {
         memcpy(&record, said + size - sizeof record, sizeof record);
         return set_failed_locked(launch, record);
     }
-    if (launch->shares_fds && launch->exited && launch->returncode >= 0)
+    if (launch->shares_fds && launch->exited && launch->returncode == 255)
         return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
     if (size == 0 || launch->exited || (left && !launch->shares_fds))
         set_verdict_locked(launch, LAUNCH_EXECED);
@@ -580,17 +615,28 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
     return 0;
 }
 
-/* Whether /proc is that of our pid namespace. Tried once; a child whose ends cannot be
- * opened there says so, and nothing is shared any more. */
-static bool sharing_works_locked(void)
+/* Tried once, with a child that has nothing else to do: a launch for which it fails is
+ * repeated later than its caller expects, with what the parent has changed by then. */
+static bool sharing_works_locked(enum spawn_rung rung)
 {
-    char target[16];
     if (sharing == SHARING_UNTRIED) {
-        ssize_t size = readlink("/proc/self", target, sizeof target - 1);
-        target[size < 0 ? 0 : size] = '\0';
-        sharing = atoi(target) == getpid() ? SHARING_WORKS : SHARING_REFUSED;
+        struct block *block = map_block(BLOCK_SIZE);
+        int result = block ? probe_shared_fds_locked(block, rung) : -ENOMEM;
+        if (block)
+            block_free_locked(block);
+        if (result != -ENOMEM && result != -EMFILE && result != -ENFILE && result != -EAGAIN)
+            sharing = result == 0 ? SHARING_WORKS : SHARING_REFUSED;
     }
     return sharing == SHARING_WORKS;
+}
+
+/* While a child shares our table its launch has more than twice the fds of one that does
+ * not: near the limit that is the difference between a launch and EMFILE. */
+static bool has_fds_to_spare_locked(const struct launch *launch)
+{
+    struct rlimit limit;
+    return getrlimit(RLIMIT_NOFILE, &limit) == 0 &&
+           (rlim_t)launch->ends.status_write + SHARING_RESERVE * (undetached + 1) < limit.rlim_cur;
 }
 
 /* Flat in open files: a copy of the fd table costs time for each of them, in the
@@ -599,7 +645,8 @@ static bool sharing_works_locked(void)
 static bool shares_fds_locked(const struct launch *launch, const struct block *block, enum spawn_rung rung)
 {
     return spawn_is_detached(rung) && launch->ends.status_write >= share_fds_from && hiding == 0 &&
-           !changes_ids(&block->request) && spawn_can_share_fds(&block->request) && sharing_works_locked();
+           !changes_ids(&block->request) && spawn_can_share_fds(&block->request) &&
+           has_fds_to_spare_locked(launch) && sharing_works_locked(rung);
 }
 
 void launch_share_fds_from(int fd)
@@ -607,21 +654,27 @@ void launch_share_fds_from(int fd)
     launch_lock();
     share_fds_from = fd < 0 ? SHARE_FDS_FROM : fd;
     sharing = SHARING_UNTRIED;
+    sharing_failures = 0;
     launch_unlock();
 }
 
-/* A sharing clone that a filter refuses is repeated without. */
-static int clone_sharing_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
+/* Tells in *ret_result what came of it; false where there is no child, and one may be made
+ * without sharing: a filter refuses it, or fds are short. */
+static bool clone_sharing_locked(struct launch *launch, struct block *block, enum spawn_rung rung, int *ret_result)
 {
-    int result = spawn_keep_inherited(&launch->ends, &block->child);
-    if (result < 0)
-        return result;
+    if (spawn_keep_inherited(&launch->ends, &block->child) < 0)
+        return false;
     spawn_prepare(&block->request, &launch->ends, rung, true, &block->child);
-    launch->shares_fds = true;
+    set_sharing_locked(launch, true);
     launch->hidings = hidings;
-    result = clone_locked(launch, block, rung);
-    launch->shares_fds = result == 0;
-    return result;
+    int result = *ret_result = clone_locked(launch, block, rung);
+    if (result == 0)
+        return true;
+    set_sharing_locked(launch, false);
+    spawn_close_inherited(&launch->ends);
+    /* clone(2) without CLONE_PIDFD may have made one before it came to EMFILE. */
+    return result != -EINVAL && result != -EPERM && result != -ENOSYS &&
+           !(result == -EMFILE && rung == SPAWN_DETACHED_CLONE3);
 }
 
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
@@ -634,8 +687,12 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     if (result < 0)
         return result;
     *ret_op = SPAWN_CLONE;
-    if (options->may_share_fds && shares_fds_locked(launch, block, rung) && clone_sharing_locked(launch, block, rung) == 0)
-        return 0;
+    if (options->may_share_fds && shares_fds_locked(launch, block, rung) &&
+        clone_sharing_locked(launch, block, rung, &result)) {
+        if (result < 0)
+            spawn_close_child_ends(&launch->ends);
+        return result;
+    }
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     spawn_close_child_ends(&launch->ends);
@@ -749,6 +806,16 @@ bool launch_usage(struct launch *launch, struct rusage *ret_usage)
         *ret_usage = launch->usage;
     launch_unlock();
     return known;
+}
+
+/* Duplicates of what a child should have inherited, -1 where there is none: of a launch
+ * that failed because it shared our table, until it is closed. */
+void launch_kept(struct launch *launch, int ret_fds[3])
+{
+    launch_lock();
+    for (int i = 0; i < 3; i++)
+        ret_fds[i] = launch->ends.source[i] == SPAWN_INHERIT ? launch->ends.child[i] : -1;
+    launch_unlock();
 }
 
 int launch_fd(struct launch *launch, enum launch_slot slot)
@@ -898,6 +965,8 @@ static void after_fork_in_child(void)
 {
     struct launch *next;
     generation++;
+    sharing = SHARING_UNTRIED; /* the pid namespace may be another */
+    undetached = 0;
     if (hiding > 0 && visible_before == 1)
         (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
     hiding = 0;

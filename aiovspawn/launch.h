@@ -112,6 +112,7 @@ void launch_free(struct launch *launch);
 bool launch_poll(struct launch *launch, int *ret_returncode);
 bool launch_usage(struct launch *launch, struct rusage *ret_usage);
 int launch_fd(struct launch *launch, enum launch_slot slot);
+void launch_kept(struct launch *launch, int ret_fds[3]);
 int launch_signal(struct launch *launch, int sig);
 int launch_signal_group(struct launch *launch, int sig);
 void launch_keep_pidfd(struct launch *launch, bool keep);

@@ -131,8 +131,6 @@ static int share_fds_locked(struct block *block, struct spawn_ends *ends, enum s
 {
     enum spawn_op op;
     int pidfd = -1, result = spawn_open_ends(&block->request, ends, &op);
-    if (result == 0)
-        result = spawn_keep_inherited(ends, &block->child);
     if (result < 0)
         return result;
     spawn_prepare(&block->request, ends, rung, true, &block->child);
@@ -144,25 +142,35 @@ static int share_fds_locked(struct block *block, struct spawn_ends *ends, enum s
     return result < 0 && launch_hides_memory_locked() ? -EAGAIN : result;
 }
 
-/* A launch with the fd table shared until the child has one of its own, on one rung. */
-static int try_shared_fds(enum spawn_rung rung)
+/* A launch with the fd table shared until the child has one of its own, on one rung. The
+ * block has nothing in it. */
+int probe_shared_fds_locked(struct block *block, enum spawn_rung rung)
 {
-    struct spawn_request request = {
+    struct spawn_ends ends;
+    int result = probe_procfs();
+    if (result < 0)
+        return result;
+    block->request = (struct spawn_request){
         .programs = no_program,
-        .stdio = {SPAWN_INHERIT, SPAWN_PIPE, SPAWN_INHERIT},
+        .stdio = {SPAWN_DEVNULL, SPAWN_PIPE, SPAWN_DEVNULL},
         .close_fds = true,
     };
-    size_t table = spawn_step_bound(&request) * sizeof(struct spawn_step);
-    struct spawn_ends ends;
-    struct block *block = block_new(table);
-    if (!block)
-        return -ENOMEM;
-    block->request = request;
+    size_t table = spawn_step_bound(&block->request) * sizeof(struct spawn_step);
+    block->used = 0;
     block->child = (struct spawn_child){.steps = block_take(block, table)};
     spawn_ends_init(&ends);
-    launch_lock();
-    int result = share_fds_locked(block, &ends, rung);
+    result = share_fds_locked(block, &ends, rung);
     spawn_close_ends(&ends);
+    return result;
+}
+
+static int try_shared_fds(enum spawn_rung rung)
+{
+    struct block *block = block_new(0);
+    if (!block)
+        return -ENOMEM;
+    launch_lock();
+    int result = probe_shared_fds_locked(block, rung);
     launch_unlock();
     block_free(block);
     return result;
@@ -170,10 +178,7 @@ static int try_shared_fds(enum spawn_rung rung)
 
 static int probe_shared_fds(void)
 {
-    int result = probe_procfs();
-    if (result < 0)
-        return result;
-    result = -ENOSYS;
+    int result = -ENOSYS;
     for (int rung = (int)spawn_best_rung(); rung <= SPAWN_DETACHED_CLONE && result < 0; rung++)
         result = try_shared_fds((enum spawn_rung)rung);
     return result;

@@ -5,6 +5,8 @@
 #ifndef AIOVSPAWN_PROBE_H
 #define AIOVSPAWN_PROBE_H
 
+#include "launch.h"
+
 /* The first ones are rungs, numbered as in spawn.h. A fork is not tried: it would copy
  * the page tables. */
 enum probe {
@@ -23,5 +25,6 @@ enum probe {
 extern const char *const probe_names[PROBES];
 
 int probe_try(enum probe probe);
+int probe_shared_fds_locked(struct block *block, enum spawn_rung rung);
 
 #endif

@@ -61,6 +61,13 @@
 /* Where a child with a private, empty table puts its ends. */
 enum { STATUS_FD = STDERR_FD + 1, FIRST_END_FD };
 
+/* Of struct spawn_child's paths and inodes; the first three are stdio's. */
+enum { STATUS_PATH = 3 };
+
+#define MODE_TYPE 0170000
+#define MODE_REGULAR 0100000
+#define MODE_BLOCK 0060000
+
 #define PR_SET_DUMPABLE 4
 #define RLIMIT_NOFILE 7
 
@@ -179,26 +186,32 @@ CHILD long child_close_range(long first, long last)
     return result == -ENOSYS || result == -EPERM ? child_close_slowly(first, last) : result;
 }
 
-/* Only on a private table: `to` is overwritten. */
-CHILD long child_reopen(const char *path, long flags, int to)
-{
-    long fd = sys_openat(AT_FDCWD, path, (int)flags | O_CLOEXEC);
-    if (fd < 0 || fd == to)
-        return fd;
-    long result = sys_dup3((int)fd, to, O_CLOEXEC);
-    (void)sys_close((int)fd);
-    return result;
-}
-
 /* struct stat begins with the device and the inode on both architectures. */
 CHILD long child_verify(int fd, const uint64_t *expected)
 {
-    uint64_t stat[32];
+    uint64_t stat[SYS_STAT_WORDS];
     stat[0] = stat[1] = 0; /* an initializer of the whole could be a call of memset() */
     long result = sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
     if (result < 0 && result != -EBADF)
         return result;
     return stat[0] == expected[0] && stat[1] == expected[1] ? 0 : -ESTALE;
+}
+
+/* Only on a private table: `to` is overwritten. The name may have come to mean another
+ * file: a parent that execs or ends meanwhile, a /proc of another pid namespace. Nothing
+ * is written to what is not the pipe it should be. */
+CHILD long child_reopen(const struct spawn_child *child, int index, long flags, int to)
+{
+    long fd = sys_openat(AT_FDCWD, child->paths[index], (int)flags | O_CLOEXEC | O_NOCTTY);
+    if (fd < 0)
+        return fd;
+    long result = child_verify((int)fd, child->inodes[index]);
+    if (result == 0 && fd == to)
+        return 0;
+    if (result == 0)
+        result = sys_dup3((int)fd, to, O_CLOEXEC);
+    (void)sys_close((int)fd);
+    return result;
 }
 
 CHILD long child_inherit(int fd)
@@ -227,11 +240,11 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_UNSHARE_FDS:
         return sys_close_range(STDERR_FD + 1, ~0U, CLOSE_RANGE_UNSHARE_FLAG);
     case SPAWN_REOPEN_STATUS:
-        return child_reopen(step->data, O_WRONLY, STATUS_FD);
+        return child_reopen(child, STATUS_PATH, O_WRONLY, STATUS_FD);
     case SPAWN_REOPEN:
-        return child_reopen(step->data, step->a, (int)step->b);
+        return child_reopen(child, (int)step->b, step->a, FIRST_END_FD + (int)step->b);
     case SPAWN_VERIFY:
-        return child_verify((int)step->a, step->data);
+        return child_verify((int)step->a, child->inodes[step->a]);
     case SPAWN_DETACHED:
         return sys_write(STATUS_FD, "", 1);
     case SPAWN_CLOSE_RANGE:
@@ -313,6 +326,23 @@ void spawn_close_child_ends(struct spawn_ends *ends)
     close_end(&ends->status_write);
     for (int i = 0; i < 3; i++)
         close_end(&ends->child[i]);
+}
+
+/* What spawn_keep_inherited() keeps. */
+void spawn_close_inherited(struct spawn_ends *ends)
+{
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] == SPAWN_INHERIT)
+            close_end(&ends->child[i]);
+}
+
+/* All but that. */
+void spawn_close_own_child_ends(struct spawn_ends *ends)
+{
+    close_end(&ends->status_write);
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] != SPAWN_INHERIT)
+            close_end(&ends->child[i]);
 }
 
 void spawn_close_ends(struct spawn_ends *ends)
@@ -522,26 +552,45 @@ bool spawn_can_share_fds(const struct spawn_request *request)
     return ours;
 }
 
+/* What the child is to know an fd of ours by; gives its mode, 0 if it is closed. */
+static uint32_t note_inode(struct spawn_child *child, int index, int fd)
+{
+    uint64_t stat[SYS_STAT_WORDS];
+    stat[0] = stat[1] = stat[2] = stat[3] = 0;
+    if (fd >= 0)
+        (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
+    child->inodes[index][0] = stat[0];
+    child->inodes[index][1] = stat[1];
+    return sys_stat_mode(stat);
+}
+
+static int keep_inherited(struct spawn_ends *ends, struct spawn_child *child, int i)
+{
+    uint32_t type = note_inode(child, i, i) & MODE_TYPE;
+    if (type == MODE_REGULAR || type == MODE_BLOCK)
+        return -ENOTSUP;
+    long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, STDERR_FD + 1);
+    if (fd < 0 && fd != -EBADF)
+        return (int)fd;
+    ends->child[i] = fd < 0 ? -1 : (int)fd;
+    (void)note_inode(child, i, ends->child[i]);
+    return 0;
+}
+
 /* Until the child has a table of its own, whoever closes fd 0, 1 or 2 of the parent
  * and opens another file there does so for the child too. A duplicate keeps the
- * inode, by which the child knows the file, from being used again meanwhile. */
+ * inode, by which the child knows the file, from being used again meanwhile, and is
+ * what a later attempt without sharing gives the child. Not of a regular file, where
+ * closing the duplicate would take the parent's locks (fcntl(2)) or write to a server. */
 int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child)
 {
-    for (int i = 0; i < 3; i++) {
-        uint64_t stat[32];
-        stat[0] = stat[1] = 0;
-        if (ends->source[i] != SPAWN_INHERIT)
-            continue;
-        long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, STDERR_FD + 1);
-        if (fd < 0 && fd != -EBADF)
-            return (int)fd;
-        ends->child[i] = fd < 0 ? -1 : (int)fd;
-        if (fd >= 0)
-            (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
-        child->inodes[i][0] = stat[0];
-        child->inodes[i][1] = stat[1];
-    }
-    return 0;
+    int result = 0;
+    for (int i = 0; i < 3 && result == 0; i++)
+        if (ends->source[i] == SPAWN_INHERIT)
+            result = keep_inherited(ends, child, i);
+    if (result < 0)
+        spawn_close_inherited(ends);
+    return result;
 }
 
 static char *append_number(char *to, unsigned number)
@@ -564,18 +613,13 @@ static char *append_text(char *to, const char *text)
 }
 
 /* Our fd, as the child finds it: by thread, which may have a fd table of its own. */
-static const char *path_of_fd(struct spawn_child *child, int index, int fd)
+static void name_fd(struct spawn_child *child, int index, int fd)
 {
     char *to = append_text(child->paths[index], "/proc/");
     to = append_number(to, (unsigned)sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0));
     to = append_number(append_text(to, "/fd/"), (unsigned)fd);
     *to = '\0';
-    return child->paths[index];
-}
-
-static void add_data_step(struct spawn_child *child, enum spawn_op op, long a, long b, const void *data)
-{
-    child->steps[child->step_count++] = (struct spawn_step){.op = op, .a = a, .b = b, .data = data};
+    (void)note_inode(child, index, fd);
 }
 
 static long access_to(int plan, int i)
@@ -590,13 +634,16 @@ static void add_unsharing(const struct spawn_request *request, const struct spaw
                           struct spawn_child *child)
 {
     add_step(child, SPAWN_UNSHARE_FDS, 0, 0);
-    add_data_step(child, SPAWN_REOPEN_STATUS, 0, 0, path_of_fd(child, 3, ends->status_write));
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] == SPAWN_INHERIT)
-            add_data_step(child, SPAWN_VERIFY, i, 0, child->inodes[i]);
-        else if (ends->child[i] >= 0)
-            add_data_step(child, SPAWN_REOPEN, access_to(request->stdio[i], i), FIRST_END_FD + i,
-                          path_of_fd(child, i, ends->child[i]));
+    name_fd(child, STATUS_PATH, ends->status_write);
+    add_step(child, SPAWN_REOPEN_STATUS, 0, 0);
+    for (int i = 0; i < 3; i++) {
+        if (ends->source[i] == SPAWN_INHERIT) {
+            add_step(child, SPAWN_VERIFY, i, 0);
+        } else if (ends->child[i] >= 0) {
+            name_fd(child, i, ends->child[i]);
+            add_step(child, SPAWN_REOPEN, access_to(request->stdio[i], i), i);
+        }
+    }
     add_step(child, SPAWN_DETACHED, 0, 0);
     for (int i = 0; i < 3; i++)
         if (ends->source[i] != SPAWN_INHERIT)

@@ -25,9 +25,9 @@ enum spawn_op {
     SPAWN_CLONE,      /* in the parent */
     SPAWN_RESET_HANDLERS,
     SPAWN_UNSHARE_FDS,   /* this and the next four: only with a shared fd table */
-    SPAWN_REOPEN_STATUS, /* data: path, of the status pipe's write end */
-    SPAWN_REOPEN,        /* a: flags, b: fd it becomes, data: path */
-    SPAWN_VERIFY,        /* a: fd, data: its device and inode as uint64_t, 0 if it is closed */
+    SPAWN_REOPEN_STATUS, /* of the write end */
+    SPAWN_REOPEN,        /* a: flags, b: 0, 1 or 2 */
+    SPAWN_VERIFY,        /* a: fd that is inherited */
     SPAWN_DETACHED,      /* tells the parent that it may close the child's ends */
     SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
     SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
@@ -92,7 +92,7 @@ struct spawn_child {
     struct spawn_step *steps; /* has room for spawn_step_bound() */
     size_t step_count;
     char paths[4][SPAWN_PATH_SIZE]; /* of the ends in the parent: stdio, status pipe */
-    uint64_t inodes[3][2];          /* device and inode of an inherited fd 0, 1, 2 */
+    uint64_t inodes[4][2];          /* device and inode of these, or of the inherited fd; 0 if it is closed */
 };
 
 /* The file descriptors of a launch that the parent opened; -1 where there is none. */
@@ -121,6 +121,8 @@ int spawn_raise_fd(int fd);
 size_t spawn_step_bound(const struct spawn_request *request);
 bool spawn_can_share_fds(const struct spawn_request *request);
 int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child);
+void spawn_close_inherited(struct spawn_ends *ends);
+void spawn_close_own_child_ends(struct spawn_ends *ends);
 void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
                    bool shares_fds, struct spawn_child *child);
 int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,

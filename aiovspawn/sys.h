@@ -49,7 +49,15 @@ struct sys_sigaction {
     uint64_t mask;
 };
 
+/* Of struct stat: its size in words at the most, and where the mode is. */
+enum { SYS_STAT_WORDS = 32 };
+
 #if defined(__x86_64__)
+
+SYS_INLINE uint32_t sys_stat_mode(const uint64_t *stat)
+{
+    return (uint32_t)stat[3]; /* after st_dev, st_ino, st_nlink */
+}
 
 SYS_INLINE long sys_call(long number, long a, long b, long c, long d, long e, long f)
 {
@@ -115,6 +123,11 @@ SYS_INLINE long sys_on_valgrind(void)
 }
 
 #elif defined(__aarch64__)
+
+SYS_INLINE uint32_t sys_stat_mode(const uint64_t *stat)
+{
+    return (uint32_t)stat[2]; /* after st_dev, st_ino */
+}
 
 SYS_INLINE long sys_call(long number, long a, long b, long c, long d, long e, long f)
 {

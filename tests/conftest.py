@@ -164,13 +164,30 @@ SHARED = "detached-clone3, shared fds"
 
 
 def _on_rung(rung: str) -> Iterator[str]:
-    if rung == SHARED:
-        _core.share_fds_from(0)
-        rung = "detached-clone3"
-    ladder.force(rung or None)
-    yield rung
-    ladder.force(None)
-    _core.share_fds_from(-1)
+    with contextlib.ExitStack() as stack:
+        if rung == SHARED:
+            # What pytest captures to is a regular file, with which nothing is shared.
+            for fd in (1, 2):
+                stack.enter_context(stdio_is(os.open(os.devnull, os.O_RDWR), fd))
+            _core.share_fds_from(0)
+            rung = "detached-clone3"
+        ladder.force(rung or None)
+        yield rung
+        ladder.force(None)
+        _core.share_fds_from(-1)
+
+
+@contextlib.contextmanager
+def stdio_is(fd: int, number: int) -> Iterator[None]:
+    """Let a file be stdin, stdout or stderr for a while; fd is used up."""
+    old = os.dup(number)
+    os.dup2(fd, number)
+    os.close(fd)
+    try:
+        yield
+    finally:
+        os.dup2(old, number)
+        os.close(old)
 
 
 @pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED, "popen"])

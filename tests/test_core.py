@@ -293,6 +293,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.poll": lambda hub: finished(hub, b"/bin/true").poll(),
     "Launch.send_signal": send_signal,
     "Launch.feed": feed,
+    "Launch.kept": lambda hub: finished(hub, b"/bin/true").kept(),
     "Launch.output": feed,
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,

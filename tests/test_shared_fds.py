@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import HERE, on_loop
+from conftest import HERE, on_loop, stdio_is
 
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE
@@ -55,10 +56,12 @@ async def main():
 aiovspawn.run(main())
 """
     log = tmp_path / "log"
-    subprocess.run(["strace", "-f", "-e", "trace=clone3", "-o", log, sys.executable, "-c", code], check=True)
-    first, second = (line for line in log.read_text().splitlines() if "CLONE_PIDFD" in line)
+    command = ["strace", "-f", "-e", "trace=clone3", "-o", log, sys.executable, "-c", code]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first, *trial, second = (line for line in log.read_text().splitlines() if "CLONE_PIDFD" in line)
     assert "CLONE_FILES" not in first
     assert ("CLONE_FILES" in second) == shares
+    assert len(trial) == shares
 
 
 async def test_burst_of_launches_from_one_turn_of_the_loop(many_fds: None) -> None:
@@ -112,11 +115,11 @@ from aiovspawn import _core
 _core.share_fds_from(0)
 async def main():
     for number in range(4):
-        process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+        process = await aiovspawn.create_subprocess_exec("cat", stdin=-1, stdout=-1, stderr=-3)
         assert await process.communicate(b"x" * 100000) == (b"x" * 100000, None)
         shared.append(process._transport._may_share_fds)
     try:
-        await aiovspawn.create_subprocess_exec("/nonexistent")
+        await aiovspawn.create_subprocess_exec("/nonexistent", stderr=-3)
     except FileNotFoundError:
         pass
     else:
@@ -159,7 +162,8 @@ import aiovspawn._transport, ctypes
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ctypes.CDLL(None).prctl(4, {dumpable}, 0, 0, 0)
 aiovspawn.run(main())
-assert shared == [{bool(dumpable)}, True, True, True], shared
+assert shared == [True] * 4
+assert bool(aiovspawn.features().shared_fds) == {bool(dumpable)}
 """
     on_loop(SHARING + code, python)
 
@@ -172,6 +176,84 @@ async def test_beside_launches_that_change_ids(many_fds: None) -> None:
         assert (await process.communicate())[0] == b"hello\n"
 
     await asyncio.gather(*(one(number) for number in range(200)))
+
+
+@pytest.mark.parametrize("moment", ["at once", "a turn later"])
+async def test_inherited_stdio_is_that_of_the_call(many_fds: None, moment: str) -> None:
+    """Also when the child finds another file there and is launched once more."""
+    for _ in range(20):
+        (first, first_end), (second, second_end) = os.pipe(), os.pipe()
+        with stdio_is(first_end, 1), stdio_is(os.open(os.devnull, os.O_RDWR), 2):
+            launch = asyncio.ensure_future(aiovspawn.create_subprocess_exec("echo", "hello"))
+            await asyncio.sleep(0)
+            if moment != "at once":
+                await asyncio.sleep(0)
+            with stdio_is(second_end, 1):
+                assert await (await launch).wait() == 0
+        assert os.read(first, 100) == b"hello\n"
+        assert os.read(second, 100) == b""
+        os.close(first)
+        os.close(second)
+
+
+async def test_locks_on_inherited_stdio_stay(many_fds: None, tmp_path: Path) -> None:
+    """Closing any fd of a file gives up all the locks that a process has on it: fcntl(2)."""
+    with open(tmp_path / "log", "wb") as log:
+        fcntl.lockf(log, fcntl.LOCK_EX)
+        inode = f":{os.fstat(log.fileno()).st_ino} "
+        with stdio_is(os.dup(log.fileno()), 2):
+            # Closing its own duplicates would do the same: so it is the last of this test.
+            fcntl.lockf(log, fcntl.LOCK_EX)
+            assert await (await aiovspawn.create_subprocess_exec("true")).wait() == 0
+            assert inode in Path("/proc/locks").read_text()
+
+
+async def test_burst_near_the_limit_of_open_files(python: list[str]) -> None:
+    code = """
+import asyncio, os, resource, aiovspawn
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+files = [os.open("/dev/null", os.O_RDONLY) for _ in range(300)]
+async def one():
+    process = await aiovspawn.create_subprocess_exec("echo", "hello", stdout=-1, stderr=-3)
+    assert (await process.communicate())[0] == b"hello\\n"
+async def main():
+    await one()
+    await asyncio.gather(*(one() for _ in range(200)))
+aiovspawn.run(main())
+"""
+    on_loop(code, python)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a pid namespace")
+@pytest.mark.skipif(not shutil.which("unshare"), reason="unshare is not installed")
+def test_procfs_of_another_pid_namespace_after_a_fork(python: list[str], tmp_path: Path) -> None:
+    """By our number it has another process, whose files must stay as they are."""
+    code = """
+import asyncio, ctypes, os, sys, aiovspawn
+from aiovspawn import _core
+_core.share_fds_from(0)
+victim, ran = sys.argv[1:]
+async def main():
+    command = f"echo ran >> {ran}; echo hello"
+    process = await aiovspawn.create_subprocess_shell(command, stdin=-3, stdout=-1, stderr=-3)
+    assert (await process.communicate())[0] == b"hello\\n"
+files = [os.open(victim, os.O_RDWR) for _ in range(100)]  # of pid 1 there
+if os.fork() == 0:
+    aiovspawn.run(main())
+    assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID
+    pid = os.fork()
+    if pid == 0:
+        aiovspawn.run(main())
+        os._exit(0)
+    os._exit(os.waitpid(pid, 0)[1] != 0)
+sys.exit(os.wait()[1] != 0)
+"""
+    victim, ran = tmp_path / "victim", tmp_path / "ran"
+    victim.write_text("precious")
+    command = ["unshare", "--pid", "--fork", "--mount-proc", python[0], "-W", "ignore", "-c", code]
+    subprocess.run([*command, victim, ran], check=True)
+    assert victim.read_text() == "precious"
+    assert ran.read_text() == "ran\n" * 2
 
 
 def test_thread_with_a_fd_table_of_its_own(python: list[str]) -> None:

