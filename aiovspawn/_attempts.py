@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from typing import Any, cast
+from typing import Any
 
 from . import _core, _popen
 from ._hub import EXITED, LoopHub
@@ -68,7 +68,7 @@ class Attempts:
                     request.programs,
                     request.args,
                     request.env,
-                    request.stdio,
+                    self._stdio(),
                     request.pass_fds,
                     request.steps,
                     request.close_fds,
@@ -87,11 +87,16 @@ class Attempts:
         self._hub.add(self._launch, self)
         self._attempted()
 
+    @staticmethod
+    def _is_of_sharing(step: int) -> bool:
+        """Whether a step is one that only a launch with a shared fd table takes."""
+        return _core.STEP_UNSHARE_FDS <= step <= _core.STEP_DETACHED
+
     def _attempt_again(self, step: int, error: int) -> bool:
-        """Whether a failed launch is repeated; if so, it is closed."""
-        if _core.STEP_UNSHARE_FDS <= step <= _core.STEP_DETACHED:
+        """Whether a failed launch is repeated."""
+        if self._is_of_sharing(step):
             self._may_share_fds = False
-            self._inherit_what_was_kept()
+            self._keeper = self._launch
             delay, waited = 0.0, OLDER_TIMEOUT
         elif self._was_busy(step, error):
             delay, waited = RETRY_DELAYS[self._retries], 0.0
@@ -103,17 +108,16 @@ class Attempts:
         self._call_retry(delay, waited)
         return True
 
-    def _inherit_what_was_kept(self) -> None:
-        """Another file may be the parent's stdin, stdout or stderr by now."""
-        request, kept = self._request, self._launch.kept()
-        request.stdio = cast(
-            tuple[int, int, int],
-            tuple(
-                fd if plan == INHERIT and fd >= 0 else plan
-                for plan, fd in zip(request.stdio, kept, strict=True)
-            ),
+    def _stdio(self) -> tuple[int, int, int]:
+        """The stdio plan, with what a failed attempt has kept: the parent's may be another by now."""
+        plan = self._request.stdio
+        if self._keeper is None:
+            return plan
+        kept = self._keeper.kept()
+        stdin, stdout, stderr = (
+            fd if source == INHERIT and fd >= 0 else source for source, fd in zip(plan, kept, strict=True)
         )
-        self._keeper = self._launch
+        return stdin, stdout, stderr
 
     def _was_busy(self, step: int, error: int) -> bool:
         """Whether an older launch may have held the program's file open for writing."""

@@ -9,13 +9,12 @@ import signal
 from collections.abc import Awaitable
 from typing import Any
 
-from ._limits import Limits
+from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
 
 READ_SIZE = 2**16
-KILL_TIMEOUT = 1.0
-KILLED_DRAIN_TIMEOUT = 0.1
-"""Seconds; as in _oneshot.py."""
+LOOK_INTERVAL = 0.005
+"""Seconds between looks at a process that is to exit."""
 
 
 class Delegated:
@@ -101,7 +100,7 @@ class Delegated:
         """Wait for the exit by looking: wait() may wait for another process's pipes."""
         deadline = asyncio.get_running_loop().time() + timeout
         while self._process.returncode is None and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(LOOK_INTERVAL)
 
     def _signal(self, number: int) -> None:
         if self._process.returncode is None:

@@ -1,8 +1,16 @@
-"""How run_process() may end a process."""
+"""How processes are ended: what run_process() and open_process() agree on."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from typing import Any
+
+KILL_TIMEOUT = 1.0
+"""Seconds after which a child that has not died of SIGKILL is left to be reaped later."""
+
+KILLED_DRAIN_TIMEOUT = 0.1
+"""Seconds for which the output of a killed process is waited for, if another one holds its pipes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,3 +26,25 @@ class Limits:
 
 
 DEFAULT = Limits()
+
+
+def check_grace(terminate_grace: float) -> None:
+    """Reject what is no number of seconds."""
+    if not terminate_grace >= 0:
+        raise ValueError(f"terminate_grace must not be negative: {terminate_grace!r}")
+
+
+def lead_group(keywords: dict[str, Any]) -> None:
+    """Let the process lead a group of its own, unless its keywords say in which it is."""
+    if not keywords.get("start_new_session") and keywords.get("process_group") is None:
+        keywords["process_group"] = 0
+
+
+def warn_of_survivor(pid: int, source: object) -> None:
+    """Say that a killed process is still there: in an uninterruptible sleep."""
+    warnings.warn(
+        f"process {pid} has not died of SIGKILL yet; it is reaped when it does",
+        ResourceWarning,
+        stacklevel=3,
+        source=source,
+    )

@@ -2,8 +2,8 @@
 #include "_oneshot.h"
 
 #include <errno.h>
-#include <string.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 
@@ -106,13 +106,15 @@ static void populate(struct capture *capture)
 {
     static const uintptr_t page = 4096;
     Py_ssize_t until = capture->size + 2 * QUANTUM, all = PyBytes_GET_SIZE(capture->bytes);
+    if (until > all)
+        until = all;
     if (capture->populated >= capture->size + QUANTUM)
         return;
     if (capture->populated < capture->size)
         capture->populated = capture->size;
     uintptr_t base = (uintptr_t)PyBytes_AS_STRING(capture->bytes);
     uintptr_t first = (base + (uintptr_t)capture->populated) & ~(page - 1);
-    uintptr_t end = (base + (uintptr_t)(until < all ? until : all)) & ~(page - 1);
+    uintptr_t end = (base + (uintptr_t)until) & ~(page - 1);
     capture->populated = until;
     if (end > first)
         (void)madvise((void *)first, end - first, MADV_POPULATE_WRITE);

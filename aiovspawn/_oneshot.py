@@ -11,21 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import warnings
 from collections.abc import Callable
 from subprocess import PIPE
 from typing import Any
 
 from ._attempts import Attempts
 from ._hub import EXCEEDED, EXECED, EXITED, FAILED, FINISHED, LoopHub
-from ._limits import Limits
+from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
 from ._request import Request, launch_error, make_request, plain_request
-
-KILL_TIMEOUT = 1.0
-"""Seconds after which a child that has not died of SIGKILL is left to be reaped later."""
-
-KILLED_DRAIN_TIMEOUT = 0.1
-"""Seconds for which the output of a killed process is waited for, if another one holds its pipes."""
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -54,11 +47,7 @@ class OneShot(Attempts):
     def __init__(
         self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, input: Any, limits: Limits
     ) -> None:
-        # As the base class does: one call less.
-        self.loop = loop
-        self._hub = hub
-        self._request = request
-        self._limit = limits.output
+        super().__init__(hub, loop, request, limits.output)
         self._input = input
         self._limits = limits
         self.done: asyncio.Future[None] = loop.create_future()
@@ -106,7 +95,9 @@ class OneShot(Attempts):
         """The child could not exec; it has been reaped."""
         self._decided()
         del self._hub.transports[self._launch.id]
-        if self._killed or not self._attempt_again(step, error):
+        if self._killed and self._is_of_sharing(step):
+            self._finish()  # it says nothing of the program, which nobody waits for any more
+        elif self._killed or not self._attempt_again(step, error):
             self._finish(launch_error(self._request, step, error))
 
     def _exited(self, returncode: int, held: bool) -> None:
@@ -117,6 +108,8 @@ class OneShot(Attempts):
             self._wait_for_group()
         else:
             self._end()
+        if held and self._limits.kill_at_limit and self.exceeded:
+            self.kill()
 
     def _end(self) -> None:
         """Wait for the rest of the output, if that is to be waited for."""
@@ -195,12 +188,7 @@ class OneShot(Attempts):
             self._wait_for_group()
 
     def _abandon(self) -> None:
-        warnings.warn(
-            f"process {self._launch.pid} has not died of SIGKILL yet; it is reaped when it does",
-            ResourceWarning,
-            stacklevel=2,
-            source=self,
-        )
+        warn_of_survivor(self._launch.pid, self)
         self._finish()
 
     # ---- the end ------------------------------------------------------------------------

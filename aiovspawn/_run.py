@@ -13,7 +13,7 @@ from subprocess import PIPE
 from typing import Any, Literal, cast
 
 from ._launch import ladder
-from ._limits import DEFAULT, Limits
+from ._limits import DEFAULT, Limits, check_grace, lead_group
 
 
 class OutputLimitExceeded(subprocess.SubprocessError):
@@ -133,15 +133,15 @@ async def run_process(
     limits = DEFAULT
     if output_limit is not None or terminate_grace or kill_group or drain_timeout is not None:
         limits = _limits(output_limit, on_output_limit, terminate_grace, kill_group, drain_timeout)
-        if kill_group and not kwds.get("start_new_session") and kwds.get("process_group") is None:
-            kwds["process_group"] = 0
+        if kill_group:
+            lead_group(kwds)
     loop = asyncio.get_running_loop()
     begin = time.monotonic()
-    stdio = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
     hub = ladder.hub_for(loop, kwds)
     if hub is None:
         from ._delegated import run_delegated
 
+        stdio = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         ended: Any = await run_delegated(args, shell, input, limits, timeout, stdio | kwds)
     else:
         ended = ladder.start_one_shot(
@@ -217,8 +217,7 @@ def _limits(
         raise ValueError(f"output_limit must not be negative: {output_limit!r}")
     if on_output_limit not in ("error", "truncate"):
         raise ValueError(f"on_output_limit must be 'error' or 'truncate', not {on_output_limit!r}")
-    if not terminate_grace >= 0:
-        raise ValueError(f"terminate_grace must not be negative: {terminate_grace!r}")
+    check_grace(terminate_grace)
     if drain_timeout is not None and not drain_timeout >= 0:
         raise ValueError(f"drain_timeout must not be negative: {drain_timeout!r}")
     return Limits(

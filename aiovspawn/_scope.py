@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import warnings
 from types import TracebackType
 from typing import Any
 
 from ._launch import ladder
+from ._limits import KILL_TIMEOUT, check_grace, lead_group, warn_of_survivor
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
-
-KILL_TIMEOUT = 1.0
-"""Seconds after which a process that has not died of SIGKILL is left to be reaped later."""
 
 
 class _Discard(asyncio.SubprocessProtocol):
@@ -63,10 +60,9 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
     ) -> None:
         if shell and len(args) != 1:
             raise ValueError("with shell, the only argument is the command line")
-        if not terminate_grace >= 0:
-            raise ValueError(f"terminate_grace must not be negative: {terminate_grace!r}")
-        if kill_group and not kwds.get("start_new_session") and kwds.get("process_group") is None:
-            kwds["process_group"] = 0
+        check_grace(terminate_grace)
+        if kill_group:
+            lead_group(kwds)
         self._args = args
         self._shell = shell
         self._grace = terminate_grace
@@ -139,12 +135,7 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
             except asyncio.CancelledError as exc:
                 cancelled = exc
         if self._process.returncode is None:
-            warnings.warn(
-                f"process {self._process.pid} has not died of SIGKILL yet; it is reaped when it does",
-                ResourceWarning,
-                stacklevel=2,
-                source=self._process,
-            )
+            warn_of_survivor(self._process.pid, self._process)
         if cancelled is not None:
             raise cancelled
 

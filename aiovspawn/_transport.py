@@ -30,14 +30,12 @@ from typing import Any, TypeVar
 from . import _popen
 from ._attempts import Attempts
 from ._hub import EXECED, EXITED, FAILED, LoopHub
+from ._limits import KILL_TIMEOUT, warn_of_survivor
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
 from ._request import Request, launch_error, make_request
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
-
-KILL_TIMEOUT = 1.0
-"""Seconds that a cancelled launch waits for its killed child."""
 
 
 class State(Enum):
@@ -97,12 +95,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
                 await asyncio.wait([waiter])
         timer.cancel()
         if self._returncode is None:
-            warnings.warn(
-                f"process {self._launch.pid} has not died of SIGKILL yet; it is reaped when it does",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
+            warn_of_survivor(self._launch.pid, self)
 
     # ---- events of the hub -------------------------------------------------
 

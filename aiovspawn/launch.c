@@ -699,15 +699,35 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     return result;
 }
 
+/* By pid, where pidfd_send_signal(2) is missing (valgrind): as safe as it can be, the
+ * child having just been seen not to be reaped. */
+static int kill_by_pid_locked(const struct launch *launch, pid_t pid, int sig)
+{
+    siginfo_t info;
+    if (waitid((idtype_t)WAIT_PIDFD, (id_t)launch->pidfd, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
+        return errno == ECHILD ? -ESRCH : -errno;
+    return kill(pid, sig) < 0 ? -errno : 0;
+}
+
+/* Only to a child of ours: what a forked child inherits is its parent's to kill. */
+static int signal_locked(const struct launch *launch, int sig)
+{
+    int result = -ESRCH;
+    if (launch->pidfd >= 0 && !launch->exited && !launch_is_foreign(launch->generation))
+        result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
+    return result == -ENOSYS ? kill_by_pid_locked(launch, launch->pid, sig) : result;
+}
+
 /* A child that cannot be watched cannot be kept. */
 static int watch_child_locked(struct launch *launch)
 {
     (void)launch_left_memory_locked(launch);
     int result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
-    if (result == 0 && launch->hides_memory)
-        result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN); /* to show it again soon */
+    /* Also of a one-shot: our memory is to be shown again soon, the shared table's ends closed. */
+    if (result == 0 && (launch->hides_memory || launch->shares_fds))
+        result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
     if (result < 0) {
-        (void)kill(launch->pid, SIGKILL); /* nobody else has heard of it yet */
+        (void)signal_locked(launch, SIGKILL);
         close_locked(launch);
         if (launch->pidfd < 0)
             bury_locked(launch);
@@ -826,25 +846,10 @@ int launch_fd(struct launch *launch, enum launch_slot slot)
     return fd;
 }
 
-/* By pid, where pidfd_send_signal(2) is missing (valgrind): as safe as it can be, the
- * child having just been seen not to be reaped. */
-static int kill_by_pid_locked(const struct launch *launch, pid_t pid, int sig)
-{
-    siginfo_t info;
-    if (waitid((idtype_t)WAIT_PIDFD, (id_t)launch->pidfd, &info, WEXITED | WNOHANG | WNOWAIT) < 0)
-        return errno == ECHILD ? -ESRCH : -errno;
-    return kill(pid, sig) < 0 ? -errno : 0;
-}
-
-/* Only to a child of ours: what a forked child inherits is its parent's to kill. */
 int launch_signal(struct launch *launch, int sig)
 {
     launch_lock();
-    int result = -ESRCH;
-    if (launch->pidfd >= 0 && !launch->exited && !launch_is_foreign(launch->generation))
-        result = syscall(SYS_pidfd_send_signal, launch->pidfd, sig, NULL, 0) < 0 ? -errno : 0;
-    if (result == -ENOSYS)
-        result = kill_by_pid_locked(launch, launch->pid, sig);
+    int result = signal_locked(launch, sig);
     launch_unlock();
     return result;
 }

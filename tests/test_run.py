@@ -502,3 +502,29 @@ async def main():
 asyncio.run(main())
 """
     on_loop(code, python, AIOVSPAWN_RUNG="delegate")
+
+
+async def test_too_much_output_is_an_error_though_another_process_holds_the_pipe(core_rung: str) -> None:
+    with pytest.raises(OutputLimitExceeded) as caught:
+        await run_process(
+            f"{HOLDER}; head -c 100 /dev/zero", shell=True, stdout=PIPE, output_limit=50, kill_group=True
+        )
+    assert len(caught.value.stdout) == 50
+
+
+async def test_ends_of_a_shared_fd_table_are_closed_while_the_process_runs() -> None:
+    _core.share_fds_from(0)
+    try:
+        await run_process(["true"], stdout=PIPE, stderr=DEVNULL)
+        fds = len(os.listdir("/proc/self/fd"))
+        task = asyncio.ensure_future(
+            run_process(["sleep", "1000"], stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+        )
+        async with asyncio.timeout(20):
+            while not task.done() and len(os.listdir("/proc/self/fd")) != fds + 2:
+                await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        _core.share_fds_from(-1)
