@@ -45,7 +45,7 @@ class Attempts:
     def __init__(
         self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, limit: int | None
     ) -> None:
-        self.loop = loop
+        self._loop = loop
         self._hub = hub
         self._request = request
         self._limit = limit
@@ -68,7 +68,7 @@ class Attempts:
                     request.programs,
                     request.args,
                     request.env,
-                    self._stdio(),
+                    request.stdio if self._keeper is None else self._stdio(self._keeper),
                     request.pass_fds,
                     request.steps,
                     request.close_fds,
@@ -84,7 +84,7 @@ class Attempts:
                 if self._keeper is not None:
                     self._keeper.close()
                     self._keeper = None
-        self._hub.add(self._launch, self)
+        self._hub.transports[self._launch.id] = self
         self._attempted()
 
     @staticmethod
@@ -108,14 +108,12 @@ class Attempts:
         self._call_retry(delay, waited)
         return True
 
-    def _stdio(self) -> tuple[int, int, int]:
+    def _stdio(self, keeper: _core.Launch) -> tuple[int, int, int]:
         """The stdio plan, with what a failed attempt has kept: the parent's may be another by now."""
-        plan = self._request.stdio
-        if self._keeper is None:
-            return plan
-        kept = self._keeper.kept()
+        kept = keeper.kept()
         stdin, stdout, stderr = (
-            fd if source == INHERIT and fd >= 0 else source for source, fd in zip(plan, kept, strict=True)
+            fd if source == INHERIT and fd >= 0 else source
+            for source, fd in zip(self._request.stdio, kept, strict=True)
         )
         return stdin, stdout, stderr
 
@@ -128,7 +126,7 @@ class Attempts:
         return busy and self._contended and self._retries < len(RETRY_DELAYS)
 
     def _call_retry(self, delay: float, waited: float) -> None:
-        self._retry_timer = self.loop.call_later(delay, self._retry, waited)
+        self._retry_timer = self._loop.call_later(delay, self._retry, waited)
 
     def _retry(self, waited: float) -> None:
         """Launch again when the older launches have exec'd; waited: seconds spent on that."""

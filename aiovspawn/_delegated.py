@@ -26,7 +26,6 @@ class Delegated:
         self._outputs: dict[int, bytearray] = {}
         self._killing: asyncio.Task[None] | None = None
         self._work: asyncio.Future[Any] | None = None
-        self.pid = process.pid
         self.expired = False
         self.exceeded = False
 
@@ -34,11 +33,10 @@ class Delegated:
     def returncode(self) -> int | None:
         return self._process.returncode
 
-    def output(self, fd: int) -> bytes | None:
-        return bytes(self._outputs[fd]) if fd in self._outputs else None
-
-    def rusage(self) -> None:
-        """Nobody has looked."""
+    def outcome(self) -> tuple[int, bytes | None, bytes | None, None]:
+        """As OneShot.outcome(); nobody has looked at the usage."""
+        out, err = (bytes(self._outputs[fd]) if fd in self._outputs else None for fd in (1, 2))
+        return self._process.pid, out, err, None
 
     async def communicate(self, input: Any, timeout: float | None) -> None:
         """Serve the pipes and wait for the exit, or end the process when the time is up."""
@@ -106,7 +104,7 @@ class Delegated:
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if self._limits.kill_group:
-                    os.killpg(self.pid, number)
+                    os.killpg(self._process.pid, number)
                 else:
                     self._process.send_signal(number)
 

@@ -61,10 +61,6 @@ class LoopHub:
             self.core.close()
             raise
 
-    def add(self, launch: _core.Launch, owner: Attempts) -> None:
-        """Route the events of a launch to its owner."""
-        self.transports[launch.id] = owner
-
     def await_verdict(self) -> None:
         """Look after launches whose status pipe some stranger may hold open."""
         self.undecided += 1
@@ -156,6 +152,8 @@ _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopHub]
 )
 # No lock: each step below is one operation of the dict, and a collection in the midst of
 # them may close a loop, which comes here again.
+_latest: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[LoopHub]] | None = None
+"""The pair looked up last: most processes have one loop."""
 _without_readers: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
@@ -164,9 +162,19 @@ def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
 
     To be called in the loop's thread.
     """
+    global _latest
+    latest = _latest
+    if latest is not None and latest[0]() is loop:
+        hub = latest[1]()
+        if hub is not None:
+            return hub
     found = _hubs.get(loop)
     hub = found() if found is not None else None
-    return hub if hub is not None else _new_hub(loop)
+    if hub is None:
+        hub = _new_hub(loop)
+    if hub is not None:
+        _latest = weakref.ref(loop), weakref.ref(hub)
+    return hub
 
 
 def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
@@ -188,6 +196,8 @@ def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:
     """Close the hub of a loop that is about to be closed, if it has one."""
+    global _latest
+    _latest = None
     found = _hubs.pop(loop, None)
     hub = found() if found is not None else None
     if hub is not None:
@@ -195,6 +205,8 @@ def close_hub(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _latest
+    _latest = None
     # The loops are the parent's; closing our copies of their epoll fds is harmless to it.
     for found in list(_hubs.values()):
         hub = found()

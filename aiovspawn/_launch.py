@@ -91,7 +91,8 @@ class Ladder:
 
     def hub_for(self, loop: asyncio.AbstractEventLoop, keywords: dict[str, Any]) -> Any:
         """The hub of a loop for a launch with these keywords, or None: it is to be delegated."""
-        if self.choose() == "delegate" or (not self.adopts and keywords.get("preexec_fn") is not None):
+        way = self.way or self.choose()
+        if way == "delegate" or (not self.adopts and keywords.get("preexec_fn") is not None):
             return None
         return self.hub_of(loop)
 

@@ -20,7 +20,8 @@ enum {
 void oneshot_begin(struct one_shot *shot, struct launch *launch)
 {
     for (int i = 0; i < 2; i++)
-        shot->captures[i].open = launch_fd(launch, (enum launch_slot)(LAUNCH_STDOUT + i)) >= 0;
+        shot->captures[i].piped = shot->captures[i].open =
+            launch_fd(launch, (enum launch_slot)(LAUNCH_STDOUT + i)) >= 0;
 }
 
 void oneshot_clear(struct one_shot *shot)
@@ -168,10 +169,12 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
     }
 }
 
-/* The output of a pipe; what is not needed of its memory is given back. */
+/* The output of a pipe, None without one; what is not needed of its memory is given back. */
 PyObject *oneshot_output(struct one_shot *shot, int fd)
 {
     struct capture *capture = &shot->captures[fd - 1];
+    if (!capture->piped)
+        Py_RETURN_NONE;
     if (capture->failed)
         return PyErr_NoMemory();
     if (room(capture) > 0 && !resize(capture, capture->size))

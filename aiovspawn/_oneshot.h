@@ -17,6 +17,7 @@ struct capture {
     PyObject *bytes; /* NULL as long as there is none; longer than `size` while it grows */
     Py_ssize_t size;
     Py_ssize_t populated; /* so many of its bytes have their pages */
+    bool piped; /* there was a pipe */
     bool open;
     bool exceeded; /* there was more than the limit; the rest is read and dropped */
     bool told;     /* of that */

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextvars import Context
 from subprocess import PIPE
 from typing import Any
 
@@ -27,8 +28,11 @@ GROUP_INTERVAL = 0.01
 class OneShot(Attempts):
     """A launch whose end alone is waited for.
 
-    `done` is resolved when the process has exited and been reaped, and its output has
-    been read or given up; with an exception if there never was a process.
+    To be awaited by one task: until the process has exited and been reaped, and its
+    output has been read or given up. That raises if there never was a process.
+
+    It is to the task what a future would be (asyncio.isfuture()), but the end of the
+    process wakes the task from the hub's own callback, with no further turn of the loop.
     """
 
     over = False
@@ -43,26 +47,69 @@ class OneShot(Attempts):
     _in_grace = False
     _held = False
     _timers: dict[str, asyncio.TimerHandle] | None = None
+    _error: Exception | None = None
+    _waiter: Callable[[OneShot], object] | None = None
+    _cancelled: asyncio.CancelledError | None = None
+    _asyncio_future_blocking = False
 
     def __init__(
         self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, input: Any, limits: Limits
     ) -> None:
-        super().__init__(hub, loop, request, limits.output)
+        # Without super().__init__(), and below without a helper here and there: each costs 1 %.
+        self._loop = loop
+        self._hub = hub
+        self._request = request
+        self._limit = limits.output
         self._input = input
         self._limits = limits
-        self.done: asyncio.Future[None] = loop.create_future()
         self._attempt()
+
+    # ---- the task that waits: what asyncio.Task asks of a future -----------------------
+
+    def __await__(self) -> Generator[OneShot, None, None]:
+        if self.over:
+            self.result()
+        else:
+            self._asyncio_future_blocking = True
+            yield self  # the task raises what result() does
+
+    def add_done_callback(self, waiter: Callable[[OneShot], object], *, context: Context) -> None:
+        """Have the task's wakeup called at the end."""
+        self._waiter = waiter
+        self._context = context
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Wake the task with CancelledError; the process is its business. False: it is being woken."""
+        if self._waiter is None:
+            return False
+        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
+        self._wake_soon()
+        return True
+
+    def result(self) -> None:
+        """Raise what the task is to have raised."""
+        cancelled, self._cancelled = self._cancelled, None
+        if cancelled is not None:
+            raise cancelled
+        if self._error is not None:
+            raise self._error
+
+    def _wake_soon(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._loop.call_soon(waiter, self, context=self._context)
 
     # ---- the launch ----------------------------------------------------------------
 
     def _attempted(self) -> None:
-        if self._request.popen is None:
+        request, limits = self._request, self._limits
+        if request.popen is None:
             self._undecided = True
             self._hub.await_verdict()
         try:
-            if self._limits.kill_group:
+            if limits.kill_group:
                 self._launch.keep_pidfd(True)
-            if self._request.stdio[0] == PIPE:
+            if request.stdio[0] == PIPE:
                 self._launch.feed(self._input)
         except BaseException:
             self.forget()
@@ -80,7 +127,13 @@ class OneShot(Attempts):
 
     def on_event(self, kind: int, value: Any) -> None:
         """Take one event of the hub."""
-        if kind == FINISHED:
+        if kind == FINISHED and not self._in_grace:
+            self.returncode = value
+            self._close()
+            waiter, self._waiter = self._waiter, None
+            if waiter is not None:
+                self._context.run(waiter, self)
+        elif kind == FINISHED:
             self._exited(value, False)
         elif kind == EXITED:
             self._exited(value, True)
@@ -198,39 +251,40 @@ class OneShot(Attempts):
         timers = self._timers = self._timers or {}
         if name in timers:
             timers[name].cancel()
-        timers[name] = self.loop.call_later(delay, callback)
+        timers[name] = self._loop.call_later(delay, callback)
 
     def _finish(self, exc: Exception | None = None) -> None:
         if self.over:
             return
         self._close()
-        if self.done.done():
-            return
-        if exc is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(exc)
+        self._error = exc
+        self._wake_soon()
 
     def _close(self) -> None:
         self.over = True
-        self._decided()
-        for timer in (self._timers or {}).values():
-            timer.cancel()
+        if self._undecided:
+            self._undecided = False
+            self._hub.undecided -= 1
+        if self._timers is not None:
+            for timer in self._timers.values():
+                timer.cancel()
         if self._retry_timer is not None:
             self._retry_timer.cancel()
-        self._hub.transports.pop(self._launch.id, None)
-        self._launch.close()
+        launch = self._launch
+        self._hub.transports.pop(launch.id, None)
+        launch.close()
         self._input = None
 
     async def undo(self) -> None:
         """Kill the process and wait until it has been reaped, whoever cancels that."""
         self.kill()
         while not self.over:
-            self.done = self.loop.create_future()
             try:
-                await self.done
+                await self
             except asyncio.CancelledError:
                 self.kill_now()
+            except Exception:
+                return  # it never was one
 
     def forget(self) -> None:
         """Close without the loop, which may be closed; the child is reaped later."""
@@ -240,21 +294,14 @@ class OneShot(Attempts):
     # ---- what came of it ------------------------------------------------------------------
 
     @property
-    def pid(self) -> int:
-        return self._launch.pid
-
-    @property
     def exceeded(self) -> bool:
         """Whether there was more output than the limit."""
         return self._launch.exceeded()
 
-    def output(self, fd: int) -> bytes | None:
-        """Return what has been read of a pipe, or None if there was none."""
-        return self._launch.output(fd) if self._request.stdio[fd] == PIPE else None
-
-    def rusage(self) -> tuple[float | int, ...] | None:
-        """Return what the process used, in the order of resource.struct_rusage."""
-        return self._launch.rusage()
+    def outcome(self) -> tuple[int, bytes | None, bytes | None, bytes | None]:
+        """Return the pid, what has been read of stdout and stderr, and the struct rusage."""
+        launch = self._launch
+        return launch.pid, launch.output(1), launch.output(2), launch.rusage()
 
 
 def start_one_shot(
@@ -262,25 +309,22 @@ def start_one_shot(
     loop: asyncio.AbstractEventLoop,
     args: Any,
     by_popen: bool,
+    shell: bool,
+    stdio: tuple[Any, Any, Any],
     input: Any,
     limits: Limits,
-    /,
-    *,
-    shell: bool,
-    stdin: Any,
-    stdout: Any,
-    stderr: Any,
-    **keywords: Any,
+    keywords: dict[str, Any],
 ) -> OneShot:
     """Launch a child that `input` is written to and whose output is kept.
 
-    args, by_popen, keywords: those of make_request(). input: a bytes-like object, or
-    None to close stdin at once, if it is a pipe.
+    args, by_popen, shell, stdio, keywords: those of make_request(). input: a bytes-like
+    object, or None to close stdin at once, if it is a pipe.
     """
     if keywords or by_popen:
+        stdin, stdout, stderr = stdio
         request = make_request(
             args, by_popen, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
         )
     else:
-        request = plain_request(args, shell, stdin, stdout, stderr)
+        request = plain_request(args, shell, *stdio)
     return OneShot(hub, loop, request, input, limits)

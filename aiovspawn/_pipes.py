@@ -72,7 +72,7 @@ class _Pipe:
     def _close(self, exc: BaseException | None) -> None:
         """Close the fd now, and tell the protocol in the next turn of the loop."""
         self._close_fd()
-        self.process.loop.call_soon(self._disconnect, exc, context=self.process.context.copy())
+        self.process._loop.call_soon(self._disconnect, exc, context=self.process.context.copy())
 
     def _close_fd(self) -> None:
         self._closing = True
@@ -135,7 +135,7 @@ class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
 
     def __init__(self, process: SubprocessTransport, launch: _core.Launch, fd: int) -> None:
         _Pipe.__init__(self, process, launch, fd)
-        transports._FlowControlMixin.__init__(self, None, process.loop)
+        transports._FlowControlMixin.__init__(self, None, process._loop)
         self._buffer: deque[bytearray | memoryview] = deque()
         self._buffered = 0
         self._lost_writes = 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
+import struct
 from asyncio.subprocess import SubprocessStreamProtocol
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ._launch import subprocess_exec, subprocess_shell
 
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
 
 LIMIT = 2**16
 """Bytes a StreamReader buffers before it pauses reading: asyncio's default."""
+
+USAGE = struct.Struct("18l")
+"""struct rusage: two times, of seconds and microseconds each, then 14 numbers; getrusage(2)."""
+
+
+def unpack_usage(usage: bytes | None) -> resource.struct_rusage | None:
+    """Make of the kernel's struct rusage what the resource module does."""
+    if usage is None:
+        return None
+    user, user_us, system, system_us, *rest = USAGE.unpack(usage)
+    fields: Any = (user + user_us * 1e-6, system + system_us * 1e-6, *rest)
+    return resource.struct_rusage(fields)
 
 
 class Process(asyncio.subprocess.Process):
@@ -52,7 +65,7 @@ class Process(asyncio.subprocess.Process):
         """
         transport = self._transport
         usage = transport.get_rusage() if hasattr(transport, "get_rusage") else None
-        return None if usage is None else resource.struct_rusage(cast(Any, usage))
+        return unpack_usage(usage)
 
     def poll(self) -> int | None:
         """Return the returncode as the kernel has it now, or None; as subprocess.Popen.poll()."""

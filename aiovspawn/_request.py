@@ -150,7 +150,7 @@ def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) 
     if stdout == STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
     stdio = _stdio_plan(stdin, stdout, stderr)
-    arguments = _arguments(args, shell, None)
+    arguments = list(args) if type(args) is list and not shell else _arguments(args, shell, None)
     executable = arguments[0]
     sys.audit("subprocess.Popen", executable, arguments, None, None)
     programs = _candidates(executable, None)

@@ -10,10 +10,11 @@ import resource
 import subprocess
 import time
 from subprocess import PIPE
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from ._launch import ladder
 from ._limits import DEFAULT, Limits, check_grace, lead_group
+from ._process import unpack_usage
 
 
 class OutputLimitExceeded(subprocess.SubprocessError):
@@ -58,12 +59,12 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
     pid: int
     duration: float
     truncated: bool
-    _usage: tuple[float | int, ...] | None = None
+    _usage: bytes | None = None
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What this process alone has used (getrusage(2)); None where the kernel could not tell."""
-        return None if self._usage is None else resource.struct_rusage(cast(Any, self._usage))
+        return unpack_usage(self._usage)
 
 
 async def run_process(
@@ -149,26 +150,23 @@ async def run_process(
             loop,
             args,
             ladder.way == "popen",
+            shell,
+            (stdin, stdout, stderr),
             input,
             limits,
-            shell=shell,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            **kwds,
+            kwds,
         )
         if timeout is not None:
             ended.expire_after(timeout)
         try:
-            await ended.done
+            await ended
         except GeneratorExit:
             ended.forget()  # closed, not cancelled: there may be no loop to wait on
             raise
         except BaseException:
             await ended.undo()
             raise
-    out: Any = ended.output(1)
-    err: Any = ended.output(2)
+    pid, out, err, usage = ended.outcome()
     if ended.expired:
         assert timeout is not None
         raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
@@ -181,10 +179,10 @@ async def run_process(
     if check and ended.returncode:
         raise subprocess.CalledProcessError(ended.returncode, args, output=out, stderr=err)
     completed = CompletedProcess(args, ended.returncode, out, err)
-    completed.pid = ended.pid
+    completed.pid = pid
     completed.duration = time.monotonic() - begin
     completed.truncated = truncated
-    completed._usage = ended.rusage()
+    completed._usage = usage
     return completed
 
 

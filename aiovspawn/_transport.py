@@ -80,16 +80,16 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         if request.popen is None:
             self._hub.await_verdict()
         else:
-            self.loop.call_soon(self._execed)
+            self._loop.call_soon(self._execed)
 
     async def undo(self) -> None:
         """Leave nothing of a launch nobody waits for any more, whoever cancels that."""
         self.close()
         if self._returncode is not None:
             return
-        waiter: asyncio.Future[int] = self.loop.create_future()
+        waiter: asyncio.Future[int] = self._loop.create_future()
         self._exit_waiters.append(waiter)
-        timer = self.loop.call_later(KILL_TIMEOUT, waiter.cancel)
+        timer = self._loop.call_later(KILL_TIMEOUT, waiter.cancel)
         while not waiter.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([waiter])
@@ -117,7 +117,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             return
         self._state = State.RUNNING
         assert self._protocol is not None
-        if self.loop.get_debug():
+        if self._loop.get_debug():
             logger.debug("process %r created: pid %s", self._request.args[0], self._launch.pid)
         self._deliver(self._protocol.connection_made, self)
         for callback, args in self._held_back:
@@ -165,7 +165,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     def _exited(self, returncode: int) -> None:
         if self._launch.status_lost:
             logger.warning("Unknown child process pid %d, will report returncode 255", self._launch.pid)
-        elif self.loop.get_debug():
+        elif self._loop.get_debug():
             logger.info("%r exited with return code %r", self, returncode)
         self._returncode = returncode
         if self._state is State.ABANDONED:
@@ -187,7 +187,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         if self._state is State.LAUNCHING or self._returncode is None:
             return
         if any(pipe.is_watched() for pipe in self._pipes.values()):
-            self._hub.add(self._launch, self)
+            self._hub.transports[self._launch.id] = self
         elif self._state is State.RUNNING:
             self._hub.transports.pop(self._launch.id, None)
 
@@ -219,7 +219,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         if self._state is State.LAUNCHING:
             self._held_back.append((callback, args))
         else:
-            self.loop.call_soon(callback, *args, context=self.context.copy())
+            self._loop.call_soon(callback, *args, context=self.context.copy())
 
     # ---- asyncio.SubprocessTransport ----------------------------------------
 
@@ -261,8 +261,8 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     def get_returncode(self) -> int | None:
         return self._returncode
 
-    def get_rusage(self) -> tuple[float | int, ...] | None:
-        """Return what the child used, in the order of resource.struct_rusage; None before its exit."""
+    def get_rusage(self) -> bytes | None:
+        """Return what the child used, as the kernel has it; None before its exit."""
         return self._launch.rusage()
 
     def get_rung(self) -> str:
@@ -282,7 +282,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         # asyncio.subprocess.Process.wait() (asyncio/subprocess.py) awaits this.
         if self._returncode is not None:
             return self._returncode
-        waiter: asyncio.Future[int] = self.loop.create_future()
+        waiter: asyncio.Future[int] = self._loop.create_future()
         self._exit_waiters.append(waiter)
         try:
             return await waiter
@@ -328,7 +328,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             for pipe in self._pipes.values():
                 pipe.close()
         if self._returncode is None and self._launch.poll() is None:
-            if self.loop.get_debug() and not launching:
+            if self._loop.get_debug() and not launching:
                 logger.warning("Close running child process: kill %r", self)
             with contextlib.suppress(PermissionError):  # it has become somebody else's
                 self.get_extra_info("subprocess").kill()

@@ -117,15 +117,24 @@ static void drain_status(struct hub *hub, struct launch *launch)
         (void)add_event(hub, launch, HUB_EXECED, 0);
 }
 
+int hub_watch_pidfd_locked(struct launch *launch)
+{
+    return hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | EPOLLONESHOT);
+}
+
 static void drain_pidfd(struct hub *hub, struct launch *launch)
 {
+    bool told_once = launch->watched[LAUNCH_PIDFD] & EPOLLONESHOT;
     if (!launch_reap_locked(launch)) {
         /* Readable for as long as a tracer keeps the zombie; the kernel notifies again when it lets go. */
-        if (launch->held)
-            (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | EPOLLET);
+        if (!launch->held)
+            launch->watched[LAUNCH_PIDFD] = EPOLLIN; /* what was told once is to be told again */
+        (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | (launch->held ? EPOLLET : EPOLLONESHOT));
         return;
     }
     drain_status(hub, launch);
+    if (told_once)
+        launch->watched[LAUNCH_PIDFD] = 0; /* the epoll set will not speak of it again: spares EPOLL_CTL_DEL */
     if (launch->keeps_pidfd)
         hub_unwatch_locked(launch, LAUNCH_PIDFD);
     else

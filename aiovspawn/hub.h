@@ -59,6 +59,7 @@ void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
+int hub_watch_pidfd_locked(struct launch *launch);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);
 
 #endif

@@ -84,15 +84,13 @@ struct launch *launch_first_locked(void)
 
 /* ---- blocks ---------------------------------------------------------------- */
 
-static size_t page_size(void)
-{
-    return (size_t)sysconf(_SC_PAGESIZE);
-}
+/* Written once, by whoever is first: launch_init(). */
+static size_t page;
 
 /* The guard page is the lowest: a stack that overflows faults in the child. */
 static char *block_base(struct block *block)
 {
-    return (char *)block - STACK_SIZE - page_size();
+    return (char *)block - STACK_SIZE - page;
 }
 
 void *block_stack(struct block *block, size_t *ret_size)
@@ -103,7 +101,6 @@ void *block_stack(struct block *block, size_t *ret_size)
 
 static struct block *map_block(size_t size)
 {
-    size_t page = page_size();
     size = (size + page - 1) / page * page;
     char *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (base == MAP_FAILED)
@@ -120,7 +117,7 @@ static struct block *map_block(size_t size)
 /* A block whose arena holds arena_size bytes in 16-byte units, or NULL. */
 struct block *block_new(size_t arena_size)
 {
-    size_t overhead = page_size() + STACK_SIZE + sizeof(struct block);
+    size_t overhead = page + STACK_SIZE + sizeof(struct block);
     struct block *block = NULL;
     if (arena_size > SIZE_MAX / 2)
         return NULL;
@@ -150,6 +147,13 @@ void *block_take(struct block *block, size_t size)
     size_t rounded = (size + 15) / 16 * 16;
     block->used = rounded > room - block->used ? room : block->used + rounded;
     return taken;
+}
+
+/* Where the next block_take() will be, and how many bytes there are. */
+void *block_rest(struct block *block, size_t *ret_size)
+{
+    *ret_size = (size_t)(block_base(block) + block->size - block->arena) - block->used;
+    return block->arena + block->used;
 }
 
 static void block_free_locked(struct block *block)
@@ -367,6 +371,11 @@ bool launch_read_status_locked(struct launch *launch)
 {
     char said[1 + sizeof(struct spawn_record)];
     struct spawn_record record;
+    if (launch->exited && !launch->shares_fds && !launch->status_lost && launch->returncode != SPAWN_FAILED_EXIT &&
+        launch->returncode >= 0) {
+        set_verdict_locked(launch, LAUNCH_EXECED); /* so no child ends that has not exec'd */
+        return true;
+    }
     bool left = launch->exited || (launch->detached && launch_left_memory_locked(launch));
     ssize_t size = read(launch->ends.status_read, said, sizeof said);
     if (size == 1 || size == (ssize_t)sizeof said) {
@@ -377,7 +386,7 @@ bool launch_read_status_locked(struct launch *launch)
         memcpy(&record, said + size - sizeof record, sizeof record);
         return set_failed_locked(launch, record);
     }
-    if (launch->shares_fds && launch->exited && launch->returncode == 255)
+    if (launch->shares_fds && launch->exited && launch->returncode == SPAWN_FAILED_EXIT)
         return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
     if (size == 0 || launch->exited || (left && !launch->shares_fds))
         set_verdict_locked(launch, LAUNCH_EXECED);
@@ -722,7 +731,7 @@ static int signal_locked(const struct launch *launch, int sig)
 static int watch_child_locked(struct launch *launch)
 {
     (void)launch_left_memory_locked(launch);
-    int result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+    int result = hub_watch_pidfd_locked(launch);
     /* Also of a one-shot: our memory is to be shown again soon, the shared table's ends closed. */
     if (result == 0 && (launch->hides_memory || launch->shares_fds))
         result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
@@ -788,7 +797,7 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], void *one
             if (parent_ends[slot] >= 0)
                 result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? EPOLLIN : EPOLLERR);
         if (result == 0)
-            result = hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN);
+            result = hub_watch_pidfd_locked(launch);
     }
     if (result == 0)
         counts.adopted++;
@@ -997,6 +1006,7 @@ int launch_init(void)
     static bool registered;
     int result = 0;
     launch_lock();
+    page = (size_t)sysconf(_SC_PAGESIZE);
     if (!registered)
         result = -pthread_atfork(launch_lock, launch_unlock, after_fork_in_child);
     registered = registered || result == 0;

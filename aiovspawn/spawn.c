@@ -295,7 +295,7 @@ CHILD void child_main(void *arg)
         if (result < 0) {
             struct spawn_record record = {.op = (int32_t)step->op, .error = (int32_t)-result};
             (void)sys_write(status_fd, &record, sizeof record);
-            sys_exit_group(255);
+            sys_exit_group(SPAWN_FAILED_EXIT);
         }
         if (step->op == SPAWN_UNSHARE_FDS)
             status_fd = STATUS_FD; /* closed, until it has been opened anew */

@@ -103,6 +103,9 @@ struct spawn_ends {
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
 };
 
+/* How a child exits that could not exec. */
+enum { SPAWN_FAILED_EXIT = 255 };
+
 /* What the status pipe carries when a step failed. A child with a shared fd table
  * writes one byte before, SPAWN_DETACHED. */
 struct spawn_record {

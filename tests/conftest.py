@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,9 @@ def leaves_nothing() -> Iterator[None]:
     yield
     # Warnings are errors, and pytest turns those of __del__ into test errors.
     gc.collect()
+    deadline = time.monotonic() + 1
+    while Footprint.now().threads != before.threads and time.monotonic() < deadline:
+        time.sleep(0.001)  # a thread that was joined may still be on its way out of the kernel
     assert Footprint.now() == before
     assert threading.active_count() == 1
 
