@@ -153,7 +153,7 @@ static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *re
     }
     if (!PyArg_ParseTuple(item, "illz*:step", &op, &ret_step->a, &ret_step->b, ret_data))
         return -1;
-    if (op < SPAWN_CHDIR || op > SPAWN_SETUID) {
+    if (op < SPAWN_CHROOT || op > SPAWN_SIGMASK) {
         PyBuffer_Release(ret_data);
         PyErr_Format(PyExc_ValueError, "no such step: %d", op);
         return -1;
@@ -333,12 +333,13 @@ static int start_on(struct hub *hub, struct block **block, const struct launch_o
 static int start_on_ladder(struct hub *hub, struct block **block, struct launch_options *options,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    int rung = current_rung(), result;
+    const int current = current_rung(), least = (int)spawn_least_rung(&(*block)->request);
+    int rung = current < least ? least : current, result;
     do {
         options->rung = (enum spawn_rung)rung;
         result = start_on(hub, block, options, ret_launch, ret_op);
     } while (is_refusal(result, *ret_op, *block) && ++rung < SPAWN_RUNGS && !atomic_load(&rung_forced));
-    if (result == 0 && !atomic_load(&rung_forced))
+    if (result == 0 && current >= least && !atomic_load(&rung_forced))
         atomic_store(&rung_in_use, rung);
     return result;
 }
@@ -985,6 +986,7 @@ static int add_steps(PyObject *module)
     } steps[] = {
         {"STEP_UNSHARE_FDS", SPAWN_UNSHARE_FDS},
         {"STEP_DETACHED", SPAWN_DETACHED},
+        {"STEP_CHROOT", SPAWN_CHROOT},
         {"STEP_CHDIR", SPAWN_CHDIR},
         {"STEP_UMASK", SPAWN_UMASK},
         {"STEP_RESTORE_SIGNALS", SPAWN_RESTORE_SIGNALS},
@@ -992,7 +994,20 @@ static int add_steps(PyObject *module)
         {"STEP_SETPGID", SPAWN_SETPGID},
         {"STEP_SETGROUPS", SPAWN_SETGROUPS},
         {"STEP_SETGID", SPAWN_SETGID},
+        {"STEP_IGNORE_SIGNAL", SPAWN_IGNORE_SIGNAL},
+        {"STEP_RLIMIT", SPAWN_RLIMIT},
+        {"STEP_NICE", SPAWN_NICE},
+        {"STEP_IOPRIO", SPAWN_IOPRIO},
+        {"STEP_SCHEDULER", SPAWN_SCHEDULER},
+        {"STEP_CPU_AFFINITY", SPAWN_CPU_AFFINITY},
+        {"STEP_OOM_SCORE", SPAWN_OOM_SCORE},
+        {"STEP_PERSONALITY", SPAWN_PERSONALITY},
+        {"STEP_TIMER_SLACK", SPAWN_TIMER_SLACK},
+        {"STEP_SECUREBITS", SPAWN_SECUREBITS},
         {"STEP_SETUID", SPAWN_SETUID},
+        {"STEP_PARENT_DEATH", SPAWN_PARENT_DEATH},
+        {"STEP_NO_NEW_PRIVS", SPAWN_NO_NEW_PRIVS},
+        {"STEP_SIGMASK", SPAWN_SIGMASK},
         {"STEP_EXEC", SPAWN_EXEC},
     };
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++)

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
 
 from ._log import logger
+from ._options import reject_options
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 Started = tuple[asyncio.SubprocessTransport, P]
@@ -93,8 +94,12 @@ class Ladder:
         """The hub of a loop for a launch with these keywords, or None: it is to be delegated."""
         way = self.way or self.choose()
         if way == "delegate" or (not self.adopts and keywords.get("preexec_fn") is not None):
-            return None
-        return self.hub_of(loop)
+            hub = None
+        else:
+            hub = self.hub_of(loop)
+        if hub is None:
+            reject_options(keywords, "needs the fast path, which is not to be had here")
+        return hub
 
 
 ladder = Ladder()

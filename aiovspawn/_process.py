@@ -140,7 +140,8 @@ async def create_subprocess_exec(
     kwds: the other keywords of subprocess.Popen (POSIX) that asyncio accepts:
         executable, cwd, env, close_fds, pass_fds, restore_signals,
         start_new_session, process_group, user, group, extra_groups, umask,
-        pipesize, preexec_fn. With preexec_fn the process is forked.
+        pipesize, preexec_fn. With preexec_fn the process is forked. And Options, which
+        do what it is mostly written for.
 
     Returns a Process as soon as the program runs. Raises what subprocess.Popen
     raises, with a note that names the failed step. Cancelled, it leaves no

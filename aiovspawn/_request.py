@@ -18,9 +18,10 @@ from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any, TypeAlias
 
 from . import _core
+from ._options import reject_options
+from ._steps import NO_OPTIONS, Step, option_steps
 
 StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
-Step: TypeAlias = tuple[int, int, int, bytes | None]
 
 INHERIT = -4
 """In the stdio plan: the child has the parent's. The other values below zero are subprocess's."""
@@ -79,11 +80,13 @@ def make_request(
     umask: int = -1,
     pipesize: int | None = -1,
     process_group: int | None = None,
+    **options: Any,
 ) -> Request:
-    """Check the keywords of subprocess.Popen and make a request of them.
+    """Check the keywords of subprocess.Popen, and Options, and make a request of them.
 
     by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself.
     """
+    checked = option_steps(options) if options else NO_OPTIONS
     if stdout == STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
     pipe_size = -1 if pipesize is None else pipesize
@@ -101,6 +104,7 @@ def make_request(
     stdio = _stdio_plan(stdin, stdout, stderr)
     popen = None
     if preexec_fn is not None or by_popen:
+        reject_options(options, "cannot be had where subprocess.Popen launches, as it does for preexec_fn")
         popen = {
             "shell": shell,
             "executable": executable,
@@ -138,7 +142,13 @@ def make_request(
         encoded_env,
         stdio,
         () if pass_fds == () else _pass_fds(pass_fds),
-        (*_steps(cwd, umask, restore_signals, start_new_session, process_group), *ids),
+        (
+            *checked.first,
+            *_steps(cwd, umask, restore_signals, start_new_session, process_group),
+            *checked.before_ids,
+            *ids,
+            *checked.last,
+        ),
         bool(close_fds),
         min(pipe_size, C_INT_MAX),
         popen,

@@ -109,7 +109,7 @@ async def run_process(
     drain_timeout: seconds for which output is still read after the exit, if another
         process holds the pipe. None: without end, or 0.1 if the process was ended.
     bufsize: has no meaning here.
-    kwds: the other keywords of subprocess.Popen (POSIX).
+    kwds: the other keywords of subprocess.Popen (POSIX), and Options.
 
     Returns a CompletedProcess. Raises what subprocess.run() raises, with the output
     read so far in TimeoutExpired: what subprocess.Popen raises, CalledProcessError,

@@ -68,7 +68,13 @@ enum { STATUS_PATH = 3 };
 #define MODE_REGULAR 0100000
 #define MODE_BLOCK 0060000
 
+#define PR_SET_PDEATHSIG 1
 #define PR_SET_DUMPABLE 4
+#define PR_SET_SECUREBITS 28
+#define PR_SET_TIMERSLACK 29
+#define PR_SET_NO_NEW_PRIVS 38
+#define PRIO_PROCESS 0
+#define IOPRIO_WHO_PROCESS 1
 #define RLIMIT_NOFILE 7
 
 /* Child functions: out of line, so that a stack frame is theirs alone, and never
@@ -94,14 +100,28 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_CLOSE_RANGE] = "close file descriptors",
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
+    [SPAWN_CHROOT] = "chroot",
     [SPAWN_CHDIR] = "cwd",
     [SPAWN_UMASK] = "umask",
     [SPAWN_RESTORE_SIGNALS] = "restore_signals",
+    [SPAWN_IGNORE_SIGNAL] = "ignore_signals",
     [SPAWN_SETSID] = "start_new_session",
     [SPAWN_SETPGID] = "process_group",
     [SPAWN_SETGROUPS] = "extra_groups",
     [SPAWN_SETGID] = "group",
+    [SPAWN_RLIMIT] = "rlimits",
+    [SPAWN_NICE] = "nice",
+    [SPAWN_IOPRIO] = "ioprio",
+    [SPAWN_SCHEDULER] = "scheduler",
+    [SPAWN_CPU_AFFINITY] = "cpu_affinity",
+    [SPAWN_OOM_SCORE] = "oom_score_adj",
+    [SPAWN_PERSONALITY] = "personality",
+    [SPAWN_TIMER_SLACK] = "timer_slack",
+    [SPAWN_SECUREBITS] = "securebits",
     [SPAWN_SETUID] = "user",
+    [SPAWN_PARENT_DEATH] = "parent_death_signal",
+    [SPAWN_NO_NEW_PRIVS] = "no_new_privs",
+    [SPAWN_SIGMASK] = "sigmask",
     [SPAWN_HIDE_MEMORY] = "hide memory",
     [SPAWN_SET_MASK] = "restore signal mask",
     [SPAWN_EXEC] = "exec",
@@ -127,6 +147,53 @@ CHILD long child_restore_signals(void)
     static const struct sys_sigaction to_default;
     long result = sys_sigaction(SIGPIPE, &to_default, NULL);
     return result < 0 ? result : sys_sigaction(SIGXFSZ, &to_default, NULL);
+}
+
+CHILD long child_ignore_signal(int sig)
+{
+    struct sys_sigaction action;
+    action.handler = SIG_IGN;
+    action.flags = 0;
+    action.restorer = NULL;
+    action.mask = 0;
+    return sys_sigaction(sig, &action, NULL);
+}
+
+CHILD long child_chroot(const char *path)
+{
+    long result = sys_call(__NR_chroot, (long)path, 0, 0, 0, 0, 0);
+    return result < 0 ? result : sys_call(__NR_chdir, (long)"/", 0, 0, 0, 0, 0);
+}
+
+/* As nice(2): the sum is put between the bounds. The system call answers 20 - nice. */
+CHILD long child_nice(long increment)
+{
+    long answer = sys_call(__NR_getpriority, PRIO_PROCESS, 0, 0, 0, 0, 0);
+    if (answer < 0)
+        return answer;
+    long nice = 20 - answer + increment;
+    nice = nice < -20 ? -20 : nice > 19 ? 19 : nice;
+    return sys_call(__NR_setpriority, PRIO_PROCESS, 0, nice, 0, 0, 0);
+}
+
+/* proc(5). The kernel gives the number to all that share our memory, but for a child that
+ * its parent waits for: hence never on a detached rung. */
+CHILD long child_oom_score(const char *text, long length)
+{
+    int fd = (int)sys_openat(AT_FDCWD, "/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return fd;
+    long result = sys_write(fd, text, (size_t)length);
+    (void)sys_close(fd);
+    return result;
+}
+
+/* The parent may have died before: then nobody waits for us. 0: it is not of our pid namespace. */
+CHILD long child_parent_death(long sig, long parent)
+{
+    long result = sys_call(__NR_prctl, PR_SET_PDEATHSIG, sig, 0, 0, 0, 0);
+    long now = sys_call(__NR_getppid, 0, 0, 0, 0, 0, 0);
+    return result < 0 || now == parent || now == 0 ? result : -ESRCH;
 }
 
 /* A file name of /proc/self/fd, or -1 ("." and ".."). */
@@ -253,12 +320,16 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return step->a == step->b ? child_inherit((int)step->a) : sys_dup3((int)step->a, (int)step->b, 0);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
+    case SPAWN_CHROOT:
+        return child_chroot(step->data);
     case SPAWN_CHDIR:
         return sys_call(__NR_chdir, (long)step->data, 0, 0, 0, 0, 0);
     case SPAWN_UMASK:
         return sys_call(__NR_umask, step->a, 0, 0, 0, 0, 0);
     case SPAWN_RESTORE_SIGNALS:
         return child_restore_signals();
+    case SPAWN_IGNORE_SIGNAL:
+        return child_ignore_signal((int)step->a);
     case SPAWN_SETSID:
         return sys_call(__NR_setsid, 0, 0, 0, 0, 0, 0);
     case SPAWN_SETPGID:
@@ -273,12 +344,35 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_HIDE_MEMORY:
         /* With fs.suid_dumpable=1 the kernel has just opened our shared memory to the new uid. */
         return sys_call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0, 0);
+    case SPAWN_RLIMIT:
+        return sys_call(__NR_prlimit64, 0, step->a, (long)step->data, 0, 0, 0);
+    case SPAWN_NICE:
+        return child_nice(step->a);
+    case SPAWN_IOPRIO:
+        return sys_call(__NR_ioprio_set, IOPRIO_WHO_PROCESS, 0, step->a, 0, 0, 0);
+    case SPAWN_SCHEDULER:
+        return sys_call(__NR_sched_setscheduler, 0, step->a, (long)step->data, 0, 0, 0);
+    case SPAWN_CPU_AFFINITY:
+        return sys_call(__NR_sched_setaffinity, 0, step->a, (long)step->data, 0, 0, 0);
+    case SPAWN_OOM_SCORE:
+        return child_oom_score(step->data, step->a);
+    case SPAWN_PERSONALITY:
+        return sys_call(__NR_personality, step->a, 0, 0, 0, 0, 0);
+    case SPAWN_TIMER_SLACK:
+        return sys_call(__NR_prctl, PR_SET_TIMERSLACK, step->a, 0, 0, 0, 0);
+    case SPAWN_SECUREBITS:
+        return sys_call(__NR_prctl, PR_SET_SECUREBITS, step->a, 0, 0, 0, 0);
+    case SPAWN_PARENT_DEATH:
+        return child_parent_death(step->a, step->b);
+    case SPAWN_NO_NEW_PRIVS:
+        return sys_call(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0);
     case SPAWN_SET_MASK:
-        return sys_sigmask(SIG_SETMASK, &child->mask, NULL);
+        return sys_sigmask(SIG_SETMASK, step->data ? step->data : &child->mask, NULL);
     case SPAWN_EXEC:
         return child_exec(child);
     case SPAWN_OPEN_PIPES:
     case SPAWN_CLONE:
+    case SPAWN_SIGMASK:
     case SPAWN_OPS:
         break;
     }
@@ -672,12 +766,21 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     }
     for (size_t i = 0; i < request->pass_fd_count; i++)
         add_step(child, SPAWN_PASS_FD, request->pass_fds[i], 0);
+    const void *mask = NULL;
     for (size_t i = 0; i < request->step_count; i++) {
-        child->steps[child->step_count++] = request->steps[i];
-        if (request->steps[i].op == SPAWN_SETGID || request->steps[i].op == SPAWN_SETUID)
+        const struct spawn_step *step = &request->steps[i];
+        if (step->op == SPAWN_SIGMASK) {
+            mask = step->data;
+            continue;
+        }
+        child->steps[child->step_count++] = *step;
+        if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
             add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
+        else if (step->op == SPAWN_PARENT_DEATH)
+            child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
+    child->steps[child->step_count - 1].data = mask;
     add_step(child, SPAWN_EXEC, 0, 0);
 }
 
@@ -794,4 +897,13 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 enum spawn_rung spawn_best_rung(void)
 {
     return sys_on_valgrind() ? SPAWN_VFORK : SPAWN_DETACHED_CLONE3;
+}
+
+/* The first rung on which all steps are the child's alone. */
+enum spawn_rung spawn_least_rung(const struct spawn_request *request)
+{
+    for (size_t i = 0; i < request->step_count; i++)
+        if (request->steps[i].op == SPAWN_OOM_SCORE)
+            return SPAWN_VFORK;
+    return SPAWN_DETACHED_CLONE3;
 }

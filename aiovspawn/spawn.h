@@ -32,16 +32,30 @@ enum spawn_op {
     SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
     SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
+    SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
     SPAWN_UMASK,       /* a: mask */
     SPAWN_RESTORE_SIGNALS,
+    SPAWN_IGNORE_SIGNAL, /* a: signal number */
     SPAWN_SETSID,
     SPAWN_SETPGID,   /* a: process group, 0 for a new one */
     SPAWN_SETGROUPS, /* a: count, data: uint32_t group ids */
     SPAWN_SETGID,    /* a: group id */
-    SPAWN_SETUID,    /* a: user id */
+    SPAWN_RLIMIT,       /* a: resource, data: uint64_t soft and hard limit */
+    SPAWN_NICE,         /* a: increment */
+    SPAWN_IOPRIO,       /* a: class << 13 | level */
+    SPAWN_SCHEDULER,    /* a: policy, data: int priority */
+    SPAWN_CPU_AFFINITY, /* a: size of the mask in bytes, data: mask */
+    SPAWN_OOM_SCORE,    /* a: length, data: the number as text; never on a detached rung */
+    SPAWN_PERSONALITY,  /* a: flags */
+    SPAWN_TIMER_SLACK,  /* a: nanoseconds */
+    SPAWN_SECUREBITS,   /* a: flags */
+    SPAWN_SETUID,       /* a: user id */
+    SPAWN_PARENT_DEATH, /* a: signal number, b: set by spawn_prepare() */
+    SPAWN_NO_NEW_PRIVS,
+    SPAWN_SIGMASK,      /* data: uint64_t; what SPAWN_SET_MASK sets instead of the thread's */
     SPAWN_HIDE_MEMORY,
-    SPAWN_SET_MASK,
+    SPAWN_SET_MASK,  /* data: mask, or NULL for the calling thread's */
     SPAWN_EXEC,
     SPAWN_OPS,
 };
@@ -132,6 +146,7 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
                 int *ret_pidfd);
 
 enum spawn_rung spawn_best_rung(void);
+enum spawn_rung spawn_least_rung(const struct spawn_request *request);
 
 static inline bool spawn_is_detached(enum spawn_rung rung)
 {

@@ -1,0 +1,55 @@
+"""Options beyond subprocess's: what people write preexec_fn for, declared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+
+class Options(TypedDict, total=False):
+    """Keywords of create_subprocess_exec(), create_subprocess_shell(), run_process(), open_process()
+    and of our loops' subprocess_exec() and subprocess_shell(), beside those of subprocess.Popen.
+
+    The parent is not changed by any of them. The child does them in this order: chroot, cwd,
+    umask, signals, session; all below up to securebits; groups and user; the rest.
+    """
+
+    chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
+    """The root directory; the program, cwd and interpreter are looked for in there. chroot(2)."""
+    ignore_signals: Iterable[int]
+    """Signals that the program ignores. sigaction(2)."""
+    rlimits: Mapping[int, tuple[int, int]]
+    """{resource.RLIMIT_...: (soft, hard)}; resource.RLIM_INFINITY for none. setrlimit(2)."""
+    nice: int
+    """What is added to the niceness, as os.nice() does."""
+    ioprio: tuple[int, int]
+    """I/O priority: (class 0 to 3, level 0 to 7). ioprio_set(2)."""
+    scheduler: tuple[int, int]
+    """(os.SCHED_..., priority). sched_setscheduler(2)."""
+    cpu_affinity: Iterable[int]
+    """The CPUs to run on, by number. os.sched_setaffinity()."""
+    oom_score_adj: int
+    """-1000 (never killed when memory is short) to 1000 (first). proc(5). It takes the vfork rung."""
+    personality: int
+    """Execution domain and flags. personality(2)."""
+    timer_slack: int
+    """Nanoseconds by which timers may be late; 0 for the default. prctl(2), PR_SET_TIMERSLACK."""
+    securebits: int
+    """How root and capabilities go together. prctl(2), PR_SET_SECUREBITS; capabilities(7)."""
+    parent_death_signal: int
+    """Sent to the program when the thread that launched it ends. prctl(2), PR_SET_PDEATHSIG."""
+    no_new_privs: bool
+    """Whether no exec may give privileges any more. prctl(2), PR_SET_NO_NEW_PRIVS."""
+    sigmask: Iterable[int]
+    """Signals that are blocked in the program; else those of the calling thread. sigprocmask(2)."""
+
+
+NAMES = tuple(Options.__annotations__)
+
+
+def reject_options(keywords: Mapping[str, Any], reason: str) -> None:
+    """Say that an option is only for launches of our own."""
+    for name in NAMES:
+        if keywords.get(name) is not None:
+            raise NotImplementedError(f"{name} {reason}")

@@ -1,0 +1,178 @@
+"""Options into steps of the child.
+
+Each is checked here, before anything is launched; a wrong type raises TypeError and a wrong
+value ValueError, naming the option. What the kernel refuses raises OSError at the launch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from . import _core
+from ._options import NAMES
+
+Step: TypeAlias = tuple[int, int, int, bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedOptions:
+    """Steps, by their place among those of subprocess's own options."""
+
+    first: tuple[Step, ...] = ()
+    before_ids: tuple[Step, ...] = ()
+    last: tuple[Step, ...] = ()
+
+
+NO_OPTIONS = CheckedOptions()
+
+LONG_MAX = 2**63 - 1
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    number = int(value.__index__())
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be {low} to {high}, not {number}")
+    return number
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair, not {value!r}")
+    return value[0], value[1]
+
+
+def _integers(name: str, value: Any, low: int, high: int) -> list[int]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a set of integers, not {value!r}")
+    return sorted({_integer(name, item, low, high) for item in value})
+
+
+def _chroot(name: str, value: Any) -> Iterator[Step]:
+    try:
+        path = os.fsencode(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a path, not {value!r}") from None
+    if b"\0" in path:
+        raise ValueError(f"{name}: embedded null byte")
+    yield _core.STEP_CHROOT, 0, 0, path + b"\0"
+
+
+def _ignore_signals(name: str, value: Any) -> Iterator[Step]:
+    for number in _integers(name, value, 1, signal.NSIG - 1):
+        if number in (signal.SIGKILL, signal.SIGSTOP):
+            raise ValueError(f"{name}: {signal.Signals(number).name} cannot be ignored")
+        yield _core.STEP_IGNORE_SIGNAL, number, 0, None
+
+
+def _limit(name: str, value: Any) -> int:
+    return _integer(name, value, -1, 2**64 - 1) % 2**64  # resource.RLIM_INFINITY is -1
+
+
+def _rlimits(name: str, value: Any) -> Iterator[Step]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must map resources to (soft, hard), not {value!r}")
+    for resource, limits in value.items():
+        soft, hard = (_limit(name, limit) for limit in _pair(name, limits))
+        if soft > hard:
+            raise ValueError(f"{name}: the soft limit of {resource!r} is above the hard one: {limits!r}")
+        yield _core.STEP_RLIMIT, _integer(name, resource, 0, 15), 0, struct.pack("QQ", soft, hard)
+
+
+def _nice(name: str, value: Any) -> Iterator[Step]:
+    yield _core.STEP_NICE, _integer(name, value, -(2**31), 2**31 - 1), 0, None
+
+
+def _ioprio(name: str, value: Any) -> Iterator[Step]:
+    kind, level = _pair(name, value)
+    yield _core.STEP_IOPRIO, _integer(name, kind, 0, 3) << 13 | _integer(name, level, 0, 7), 0, None
+
+
+def _scheduler(name: str, value: Any) -> Iterator[Step]:
+    policy, priority = _pair(name, value)
+    data = struct.pack("i", _integer(name, priority, 0, 99))
+    yield _core.STEP_SCHEDULER, _integer(name, policy, 0, 2**31 - 1), 0, data
+
+
+def _cpu_affinity(name: str, value: Any) -> Iterator[Step]:
+    cpus = _integers(name, value, 0, 2**16 - 1)
+    if not cpus:
+        raise ValueError(f"{name} must not be empty")
+    mask = sum(1 << cpu for cpu in cpus)
+    size = (cpus[-1] // 64 + 1) * 8
+    yield _core.STEP_CPU_AFFINITY, size, 0, mask.to_bytes(size, "little")
+
+
+def _oom_score_adj(name: str, value: Any) -> Iterator[Step]:
+    text = b"%d" % _integer(name, value, -1000, 1000)
+    yield _core.STEP_OOM_SCORE, len(text), 0, text
+
+
+def _flag_word(step: int, high: int) -> Callable[[str, Any], Iterator[Step]]:
+    def steps(name: str, value: Any) -> Iterator[Step]:
+        yield step, _integer(name, value, 0, high), 0, None
+
+    return steps
+
+
+def _parent_death_signal(name: str, value: Any) -> Iterator[Step]:
+    yield _core.STEP_PARENT_DEATH, _integer(name, value, 1, signal.NSIG - 1), 0, None
+
+
+def _no_new_privs(name: str, value: Any) -> Iterator[Step]:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    if value:
+        yield _core.STEP_NO_NEW_PRIVS, 0, 0, None
+
+
+def _sigmask(name: str, value: Any) -> Iterator[Step]:
+    mask = sum(1 << (number - 1) for number in _integers(name, value, 1, signal.NSIG - 1))
+    yield _core.STEP_SIGMASK, 0, 0, struct.pack("Q", mask)
+
+
+Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
+
+# In the order in which the child does them.
+FIRST: dict[str, Maker] = {"chroot": _chroot}
+BEFORE_IDS: dict[str, Maker] = {
+    "ignore_signals": _ignore_signals,
+    "rlimits": _rlimits,
+    "nice": _nice,
+    "ioprio": _ioprio,
+    "scheduler": _scheduler,
+    "cpu_affinity": _cpu_affinity,
+    "oom_score_adj": _oom_score_adj,
+    "personality": _flag_word(_core.STEP_PERSONALITY, 2**32 - 2),
+    "timer_slack": _flag_word(_core.STEP_TIMER_SLACK, LONG_MAX),
+    "securebits": _flag_word(_core.STEP_SECUREBITS, 2**32 - 1),
+}
+# The change of ids clears the first of these, and the third may be what lets it be.
+LAST: dict[str, Maker] = {
+    "parent_death_signal": _parent_death_signal,
+    "no_new_privs": _no_new_privs,
+    "sigmask": _sigmask,
+}
+
+
+def option_steps(options: dict[str, Any]) -> CheckedOptions:
+    """Check options and make steps of them; None is as good as absent."""
+    for name in options:
+        if name not in NAMES:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+
+    def steps(makers: dict[str, Maker]) -> tuple[Step, ...]:
+        return tuple(
+            step
+            for name, make in makers.items()
+            if options.get(name) is not None
+            for step in make(name, options[name])
+        )
+
+    return CheckedOptions(steps(FIRST), steps(BEFORE_IDS), steps(LAST))

@@ -1,0 +1,373 @@
+"""Each option is read back from inside a real child, on every rung; and what bad ones raise."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import compile_program
+
+import aiovspawn
+from aiovspawn import _core
+
+ROOT = os.geteuid() == 0
+NOBODY = 65534
+
+LOOK = """
+import ctypes, json, os, resource, signal
+status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
+libc = ctypes.CDLL(None)
+death = ctypes.c_int()
+libc.prctl(2, ctypes.byref(death))
+print(json.dumps({
+    "rlimits": {str(number): resource.getrlimit(number) for number in range(16)},
+    "nice": os.getpriority(os.PRIO_PROCESS, 0),
+    "ioprio": libc.syscall(IOPRIO_GET, 1, 0),
+    "scheduler": (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority),
+    "cpu_affinity": sorted(os.sched_getaffinity(0)),
+    "oom_score_adj": int(open("/proc/self/oom_score_adj").read()),
+    "personality": libc.personality(0xffffffff),
+    "timer_slack": libc.prctl(30),
+    "securebits": libc.prctl(27),
+    "parent_death_signal": death.value,
+    "no_new_privs": int(status["NoNewPrivs"]),
+    "sigmask": int(status["SigBlk"], 16),
+    "ignored": int(status["SigIgn"], 16),
+    "uid": os.getuid(),
+    "leads": (os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()),
+    "umask": status["Umask"],
+    "cwd": os.getcwd(),
+}))
+""".replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31")
+
+# One that nobody may execute, too.
+PYTHON = next(path for path in ("/usr/bin/python3", sys.executable) if os.access(path, os.X_OK))
+CAP_SYS_RESOURCE = 24
+
+
+def bits(*signals: int) -> int:
+    return sum(1 << (number - 1) for number in signals)
+
+
+async def look(**options: Any) -> dict[str, Any]:
+    done = await aiovspawn.run_process(
+        [PYTHON, "-I", "-S", "-c", LOOK], capture_output=True, **({"cwd": "/"} | options)
+    )
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
+
+
+SMALL = resource.RLIMIT_CORE
+HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+# (options, what is seen of it, its value)
+EACH: list[tuple[dict[str, Any], str, Any]] = [
+    ({"nice": 3}, "nice", os.getpriority(os.PRIO_PROCESS, 0) + 3),
+    ({"nice": 1000}, "nice", 19),
+    ({"ioprio": (2, 6)}, "ioprio", 2 << 13 | 6),
+    ({"ioprio": (3, 0)}, "ioprio", 3 << 13),
+    ({"scheduler": (os.SCHED_BATCH, 0)}, "scheduler", [os.SCHED_BATCH, 0]),
+    ({"scheduler": (os.SCHED_IDLE, 0)}, "scheduler", [os.SCHED_IDLE, 0]),
+    ({"cpu_affinity": {min(os.sched_getaffinity(0))}}, "cpu_affinity", [min(os.sched_getaffinity(0))]),
+    ({"cpu_affinity": os.sched_getaffinity(0)}, "cpu_affinity", sorted(os.sched_getaffinity(0))),
+    ({"oom_score_adj": 500}, "oom_score_adj", 500),
+    ({"personality": 0x0040000}, "personality", 0x0040000),  # ADDR_NO_RANDOMIZE
+    ({"timer_slack": 123_456}, "timer_slack", 123_456),
+    ({"parent_death_signal": signal.SIGUSR1}, "parent_death_signal", signal.SIGUSR1),
+    ({"no_new_privs": True}, "no_new_privs", 1),
+    ({"no_new_privs": False}, "no_new_privs", 0),
+    ({"sigmask": {signal.SIGUSR1, 64}}, "sigmask", bits(signal.SIGUSR1, 64)),
+    ({"sigmask": ()}, "sigmask", 0),
+    ({"rlimits": {}}, "nice", os.getpriority(os.PRIO_PROCESS, 0)),
+]
+if ROOT:
+    EACH += [
+        ({"nice": -5}, "nice", os.getpriority(os.PRIO_PROCESS, 0) - 5),
+        ({"scheduler": (os.SCHED_FIFO, 7)}, "scheduler", [os.SCHED_FIFO, 7]),
+        ({"ioprio": (1, 2)}, "ioprio", 1 << 13 | 2),
+        ({"securebits": 0b100}, "securebits", 0b100),  # SECBIT_NO_SETUID_FIXUP
+        ({"user": NOBODY, "parent_death_signal": signal.SIGTERM}, "parent_death_signal", signal.SIGTERM),
+        ({"user": NOBODY, "nice": -2}, "nice", os.getpriority(os.PRIO_PROCESS, 0) - 2),
+        ({"user": NOBODY, "nice": -2}, "uid", NOBODY),
+    ]
+
+
+CAPABILITIES = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
+if CAPABILITIES >> CAP_SYS_RESOURCE & 1:
+    EACH.append(({"oom_score_adj": -500}, "oom_score_adj", -500))
+
+
+def ids(case: object) -> str | None:
+    return json.dumps(case, default=str) if isinstance(case, dict) else None
+
+
+@pytest.mark.parametrize(("options", "field", "value"), EACH, ids=ids)
+async def test_each_is_seen_in_the_child(
+    core_rung: str, options: dict[str, Any], field: str, value: Any
+) -> None:
+    seen = await look(**options)
+    assert seen[field] == value
+    plain = await look()
+    changed = {name for name in seen if seen[name] != plain[name]}
+    also = {"uid", "nice", "parent_death_signal"} if len(options) == 2 else set()
+    assert changed <= {field} | also | ({"timer_slack"} if field == "scheduler" else set())
+
+
+async def test_rlimits(core_rung: str) -> None:
+    limits = {
+        resource.RLIMIT_CPU: (11, 12),
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_NOFILE: (64, HARD),
+        resource.RLIMIT_FSIZE: (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+    }
+    seen = await look(rlimits=limits)
+    for number, pair in limits.items():
+        assert tuple(seen["rlimits"][str(number)]) == pair
+    assert seen["rlimits"][str(resource.RLIMIT_STACK)] == list(resource.getrlimit(resource.RLIMIT_STACK))
+
+
+async def test_ignore_signals(core_rung: str) -> None:
+    plain = await look()
+    seen = await look(ignore_signals={signal.SIGHUP, signal.SIGUSR2})
+    # Python itself ignores some.
+    assert seen["ignored"] == plain["ignored"] | bits(signal.SIGHUP, signal.SIGUSR2)
+    again = await look(ignore_signals=[signal.SIGPIPE], restore_signals=True)
+    assert again["ignored"] & bits(signal.SIGPIPE)
+
+
+async def test_all_together_on_the_fast_path(core_rung: str) -> None:
+    """All but oom_score_adj, which is what leaves the detached rungs."""
+    before = _core.counts()["rungs"]
+    seen = await look(
+        rlimits={resource.RLIMIT_CORE: (0, 0)},
+        nice=1,
+        ioprio=(2, 1),
+        scheduler=(os.SCHED_BATCH, 0),
+        cpu_affinity=[min(os.sched_getaffinity(0))],
+        parent_death_signal=signal.SIGKILL,
+        no_new_privs=True,
+        sigmask=[signal.SIGUSR1],
+        ignore_signals=[signal.SIGUSR2],
+        personality=0x0040000,
+        timer_slack=1000,
+        umask=0o77,
+        start_new_session=True,
+    )
+    assert (seen["nice"], seen["no_new_privs"], seen["sigmask"]) == (
+        os.getpriority(os.PRIO_PROCESS, 0) + 1,
+        1,
+        bits(signal.SIGUSR1),
+    )
+    used = {name: count for name, count in _core.counts()["rungs"].items() if count != before[name]}
+    assert list(used) == [_core.rung()]
+
+
+async def test_oom_score_adj_is_the_childs_alone(core_rung: str) -> None:
+    """On a detached rung the kernel would give it to us as well: not even a forced one is used."""
+    ours = Path("/proc/self/oom_score_adj").read_text()
+    rung, before = _core.rung(), _core.counts()["rungs"]
+    assert (await look(oom_score_adj=700))["oom_score_adj"] == 700
+    assert Path("/proc/self/oom_score_adj").read_text() == ours
+    used = [name for name, count in _core.counts()["rungs"].items() if count != before[name]]
+    assert used == ["vfork" if rung.startswith("detached") else rung]
+    await look()
+    assert _core.rung() == rung
+
+
+def idioms() -> list[tuple[str, str]]:
+    """The rows of the documentation's table."""
+    lines = (Path(__file__).parent.parent / "docs" / "options.md").read_text().splitlines()
+    cells = [line.split("|")[1:3] for line in lines if line.startswith("| `")]
+    return [(code.strip(" `"), option.strip(" `")) for code, option in cells]
+
+
+SPACE = {
+    "os": os,
+    "resource": resource,
+    "signal": signal,
+    "libc": ctypes.CDLL(None),
+    "PR_SET_PDEATHSIG": 1,
+    "PR_SET_NO_NEW_PRIVS": 38,
+    "PR_SET_TIMERSLACK": 29,
+    "ADDR_NO_RANDOMIZE": 0x0040000,
+    "IOPRIO_SET": 251 if os.uname().machine == "x86_64" else 30,
+}
+
+
+@pytest.mark.parametrize(("code", "option"), idioms())
+async def test_the_documented_idioms(code: str, option: str) -> None:
+    """Under subprocess with the preexec_fn, and here with the option, children see the same."""
+    command = [PYTHON, "-I", "-S", "-c", LOOK]
+    keywords = eval(f"dict({option})", SPACE)
+    by_popen = subprocess.run(command, capture_output=True, check=True, preexec_fn=lambda: eval(code, SPACE))
+    ours = await aiovspawn.run_process(command, capture_output=True, check=True, **keywords)
+    plain = await aiovspawn.run_process(command, capture_output=True, check=True)
+    assert json.loads(ours.stdout) == json.loads(by_popen.stdout)
+    assert json.loads(ours.stdout) != json.loads(plain.stdout)
+
+
+def test_the_table_is_read() -> None:
+    assert len(idioms()) == 16
+
+
+def test_each_option_is_documented() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
+    for name in aiovspawn.Options.__annotations__:
+        assert f"`{name}=" in text
+
+
+@pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
+async def test_chroot(core_rung: str, tmp_path: Path) -> None:
+    source = tmp_path / "where.c"
+    source.write_text(
+        "#include <stdio.h>\n#include <unistd.h>\n"
+        'int main(void) { char cwd[99]; puts(getcwd(cwd, 99)); return access("/where", F_OK); }\n'
+    )
+    compile_program(tmp_path / "where", "-static", str(source))
+    (tmp_path / "inner").mkdir()
+    done = await aiovspawn.run_process(["/where"], chroot=tmp_path, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"/\n")
+    done = await aiovspawn.run_process(["/where"], chroot=tmp_path, cwd="inner", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"/inner\n")
+    with pytest.raises(FileNotFoundError) as caught:
+        await aiovspawn.run_process(["/bin/true"], chroot=tmp_path / "absent")
+    assert "'chroot'" in caught.value.__notes__[0]
+
+
+async def test_parent_death_signal_arrives(core_rung: str) -> None:
+    code = (
+        "import asyncio, aiovspawn, sys\n"
+        "async def main():\n"
+        "    process = await aiovspawn.create_subprocess_exec('sleep', '1000', parent_death_signal=9)\n"
+        "    print(process.pid, flush=True)\n"
+        "    import os; os._exit(0)\n"
+        "asyncio.run(main())\n"
+    )
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
+    done = await aiovspawn.run_process(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, timeout=20
+    )
+    pid = int(done.stdout)  # the pipe's end is the sleeper's death
+    with pytest.raises(ProcessLookupError):
+        for _ in range(1000):  # whoever adopts it may take a moment to reap it
+            os.kill(pid, 0)
+            status = Path(f"/proc/{pid}/stat").read_text()
+            if status.rsplit(")", 1)[1].split()[0] == "Z":
+                raise ProcessLookupError
+
+
+KERNEL_REFUSES: list[tuple[dict[str, Any], int]] = [
+    ({"cpu_affinity": [60000]}, errno.EINVAL),
+    ({"scheduler": (77, 0)}, errno.EINVAL),
+    ({"scheduler": (os.SCHED_OTHER, 5)}, errno.EINVAL),
+]
+
+
+@pytest.mark.parametrize(("options", "number"), KERNEL_REFUSES, ids=ids)
+async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], number: int) -> None:
+    (name,) = options
+    with pytest.raises(OSError) as caught:
+        await aiovspawn.run_process(["/bin/true"], **options)
+    assert caught.value.errno == number
+    assert repr(name) in caught.value.__notes__[0]
+
+
+UNPRIVILEGED: list[dict[str, Any]] = [
+    {"nice": -1},
+    {"scheduler": (os.SCHED_FIFO, 1)},
+    {"rlimits": {resource.RLIMIT_NOFILE: (HARD + 1, HARD + 1)}},
+    {"oom_score_adj": -1000},
+    {"securebits": 0b10000},
+    {"chroot": "/"},
+    {"ioprio": (1, 0)},
+]
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+@pytest.mark.parametrize("options", UNPRIVILEGED, ids=ids)
+async def test_unprivileged_use(core_rung: str, options: dict[str, Any]) -> None:
+    """Asked for by a process without privileges, in a process of its own."""
+    code = (
+        "import asyncio, os, sys, aiovspawn\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "async def main():\n"
+        "    try:\n"
+        f"        await aiovspawn.run_process(['/bin/true'], **{options!r})\n"
+        "    except PermissionError as exc:\n"
+        "        print(exc.__notes__[0])\n"
+        "asyncio.run(main())\n"
+    )
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
+    done = await aiovspawn.run_process(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    (name,) = options
+    assert repr(name) in done.stdout, done.stderr
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
+    ({"rlimits": 3}, TypeError),
+    ({"rlimits": {1: 3}}, TypeError),
+    ({"rlimits": {1: (2, 1)}}, ValueError),
+    ({"rlimits": {1: (-2, 1)}}, ValueError),
+    ({"rlimits": {99: (1, 1)}}, ValueError),
+    ({"rlimits": {"cpu": (1, 1)}}, TypeError),
+    ({"nice": "5"}, TypeError),
+    ({"nice": True}, TypeError),
+    ({"nice": 2**40}, ValueError),
+    ({"ioprio": 4}, TypeError),
+    ({"ioprio": (4, 0)}, ValueError),
+    ({"ioprio": (2, 8)}, ValueError),
+    ({"scheduler": (0,)}, TypeError),
+    ({"scheduler": (0, 100)}, ValueError),
+    ({"cpu_affinity": 1}, TypeError),
+    ({"cpu_affinity": "01"}, TypeError),
+    ({"cpu_affinity": []}, ValueError),
+    ({"cpu_affinity": [-1]}, ValueError),
+    ({"oom_score_adj": 1001}, ValueError),
+    ({"oom_score_adj": 1.0}, TypeError),
+    ({"personality": -1}, ValueError),
+    ({"timer_slack": -1}, ValueError),
+    ({"securebits": None, "nice": None, "sigmask": 5}, TypeError),
+    ({"parent_death_signal": 0}, ValueError),
+    ({"parent_death_signal": 65}, ValueError),
+    ({"no_new_privs": 1}, TypeError),
+    ({"sigmask": [0]}, ValueError),
+    ({"ignore_signals": [signal.SIGKILL]}, ValueError),
+    ({"ignore_signals": ["SIGHUP"]}, TypeError),
+    ({"chroot": 3}, TypeError),
+    ({"chroot": "a\0b"}, ValueError),
+    ({"nicer": 1}, TypeError),
+]
+
+
+@pytest.mark.parametrize(("options", "kind"), WRONG, ids=ids)
+async def test_wrong_types_and_values_name_the_option(options: dict[str, Any], kind: type[Exception]) -> None:
+    name = next(name for name, value in options.items() if value is not None)
+    for call in (aiovspawn.run_process, aiovspawn.create_subprocess_shell):
+        with pytest.raises(kind, match=rf"\b{name}\b") as caught:
+            await call("true", **options)
+        assert type(caught.value) is kind
+
+
+async def test_not_where_subprocess_launches() -> None:
+    with pytest.raises(NotImplementedError, match="nice"):
+        await aiovspawn.run_process(["true"], preexec_fn=int, nice=1)
+    aiovspawn._launch.ladder.force("delegate")
+    try:
+        with pytest.raises(NotImplementedError, match="no_new_privs"):
+            await aiovspawn.run_process(["true"], no_new_privs=True)
+        with pytest.raises(NotImplementedError, match="cpu_affinity"):
+            await aiovspawn.create_subprocess_exec("true", cpu_affinity={0})
+    finally:
+        aiovspawn._launch.ladder.force(None)
