@@ -145,17 +145,22 @@ static char **put_environ(struct block *block)
 /* A step is (op, a, b, data or None). */
 static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *ret_data)
 {
-    int op;
-    ret_data->obj = NULL;
-    if (!PyTuple_Check(item)) {
-        PyErr_SetString(PyExc_TypeError, "a step is a tuple");
+    *ret_data = (Py_buffer){0};
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) {
+        PyErr_SetString(PyExc_TypeError, "a step is a tuple of 4");
         return -1;
     }
-    if (!PyArg_ParseTuple(item, "illz*:step", &op, &ret_step->a, &ret_step->b, ret_data))
+    long op = PyLong_AsLong(PyTuple_GET_ITEM(item, 0));
+    ret_step->a = PyLong_AsLong(PyTuple_GET_ITEM(item, 1));
+    ret_step->b = PyLong_AsLong(PyTuple_GET_ITEM(item, 2));
+    if ((op == -1 || ret_step->a == -1 || ret_step->b == -1) && PyErr_Occurred())
+        return -1;
+    PyObject *data = PyTuple_GET_ITEM(item, 3);
+    if (data != Py_None && PyObject_GetBuffer(data, ret_data, PyBUF_SIMPLE) < 0)
         return -1;
     if (op < SPAWN_CHROOT || op > SPAWN_SIGMASK) {
         PyBuffer_Release(ret_data);
-        PyErr_Format(PyExc_ValueError, "no such step: %d", op);
+        PyErr_Format(PyExc_ValueError, "no such step: %ld", op);
         return -1;
     }
     ret_step->op = (enum spawn_op)op;

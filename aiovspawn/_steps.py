@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,6 +34,8 @@ LONG_MAX = 2**63 - 1
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if type(value) is int and low <= value <= high:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     number = int(value.__index__())
@@ -49,7 +51,7 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _integers(name: str, value: Any, low: int, high: int) -> list[int]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name} must be a set of integers, not {value!r}")
     return sorted({_integer(name, item, low, high) for item in value})
 
@@ -166,13 +168,13 @@ def option_steps(options: dict[str, Any]) -> CheckedOptions:
     for name in options:
         if name not in NAMES:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
+    return CheckedOptions(_steps(FIRST, options), _steps(BEFORE_IDS, options), _steps(LAST, options))
 
-    def steps(makers: dict[str, Maker]) -> tuple[Step, ...]:
-        return tuple(
-            step
-            for name, make in makers.items()
-            if options.get(name) is not None
-            for step in make(name, options[name])
-        )
 
-    return CheckedOptions(steps(FIRST), steps(BEFORE_IDS), steps(LAST))
+def _steps(makers: dict[str, Maker], options: dict[str, Any]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    for name, make in makers.items():
+        value = options.get(name)
+        if value is not None:
+            steps += make(name, value)
+    return tuple(steps)
