@@ -996,6 +996,7 @@ static int add_steps(PyObject *module)
         {"STEP_UMASK", SPAWN_UMASK},
         {"STEP_RESTORE_SIGNALS", SPAWN_RESTORE_SIGNALS},
         {"STEP_SETSID", SPAWN_SETSID},
+        {"STEP_CONTROLLING_TERMINAL", SPAWN_CONTROLLING_TERMINAL},
         {"STEP_SETPGID", SPAWN_SETPGID},
         {"STEP_SETGROUPS", SPAWN_SETGROUPS},
         {"STEP_SETGID", SPAWN_SETGID},
@@ -1012,6 +1013,7 @@ static int add_steps(PyObject *module)
         {"STEP_SETUID", SPAWN_SETUID},
         {"STEP_PARENT_DEATH", SPAWN_PARENT_DEATH},
         {"STEP_NO_NEW_PRIVS", SPAWN_NO_NEW_PRIVS},
+        {"STEP_SECCOMP", SPAWN_SECCOMP},
         {"STEP_SIGMASK", SPAWN_SIGMASK},
         {"STEP_EXEC", SPAWN_EXEC},
     };

@@ -17,6 +17,9 @@ class Options(TypedDict, total=False):
 
     chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
     """The root directory; the program, cwd and interpreter are looked for in there. chroot(2)."""
+    controlling_terminal: bool
+    """Whether the first terminal among stdin, stdout and stderr becomes the controlling terminal
+    of a new session, which this implies. ioctl_tty(2), TIOCSCTTY."""
     ignore_signals: Iterable[int]
     """Signals that the program ignores. sigaction(2)."""
     rlimits: Mapping[int, tuple[int, int]]
@@ -41,6 +44,9 @@ class Options(TypedDict, total=False):
     """Sent to the program when the thread that launched it ends. prctl(2), PR_SET_PDEATHSIG."""
     no_new_privs: bool
     """Whether no exec may give privileges any more. prctl(2), PR_SET_NO_NEW_PRIVS."""
+    seccomp: bytes
+    """A compiled BPF program, struct sock_filter each, for the exec and all after it; without
+    privileges it takes no_new_privs. seccomp(2), SECCOMP_SET_MODE_FILTER."""
     sigmask: Iterable[int]
     """Signals that are blocked in the program; else those of the calling thread. sigprocmask(2)."""
 

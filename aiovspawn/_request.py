@@ -86,7 +86,10 @@ def make_request(
 
     by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself.
     """
-    checked = option_steps(options) if options else NO_OPTIONS
+    checked = NO_OPTIONS
+    if options:
+        checked = option_steps(options)
+        start_new_session = start_new_session or options.get("controlling_terminal") is True
     if stdout == STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
     pipe_size = -1 if pipesize is None else pipesize

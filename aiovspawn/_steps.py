@@ -31,6 +31,9 @@ class CheckedOptions:
 NO_OPTIONS = CheckedOptions()
 
 LONG_MAX = 2**63 - 1
+BPF_INSTRUCTION_SIZE = 8
+BPF_MAX_INSTRUCTIONS = 4096
+"""linux/filter.h"""
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
@@ -42,6 +45,12 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     if not low <= number <= high:
         raise ValueError(f"{name} must be {low} to {high}, not {number}")
     return number
+
+
+def _truth(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -128,10 +137,23 @@ def _parent_death_signal(name: str, value: Any) -> Iterator[Step]:
 
 
 def _no_new_privs(name: str, value: Any) -> Iterator[Step]:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, not {value!r}")
-    if value:
+    if _truth(name, value):
         yield _core.STEP_NO_NEW_PRIVS, 0, 0, None
+
+
+def _seccomp(name: str, value: Any) -> Iterator[Step]:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{name} must be a compiled BPF program as bytes, not {value!r}")
+    program = bytes(value)
+    count, rest = divmod(len(program), BPF_INSTRUCTION_SIZE)
+    if rest or not 0 < count <= BPF_MAX_INSTRUCTIONS:
+        raise ValueError(f"{name} must be 1 to {BPF_MAX_INSTRUCTIONS} BPF instructions of 8 bytes each")
+    yield _core.STEP_SECCOMP, count, 0, program
+
+
+def _controlling_terminal(name: str, value: Any) -> Iterator[Step]:
+    if _truth(name, value):
+        yield _core.STEP_CONTROLLING_TERMINAL, 0, 0, None
 
 
 def _sigmask(name: str, value: Any) -> Iterator[Step]:
@@ -144,6 +166,7 @@ Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 # In the order in which the child does them.
 FIRST: dict[str, Maker] = {"chroot": _chroot}
 BEFORE_IDS: dict[str, Maker] = {
+    "controlling_terminal": _controlling_terminal,
     "ignore_signals": _ignore_signals,
     "rlimits": _rlimits,
     "nice": _nice,
@@ -159,6 +182,7 @@ BEFORE_IDS: dict[str, Maker] = {
 LAST: dict[str, Maker] = {
     "parent_death_signal": _parent_death_signal,
     "no_new_privs": _no_new_privs,
+    "seccomp": _seccomp,
     "sigmask": _sigmask,
 }
 

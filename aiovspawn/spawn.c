@@ -34,6 +34,7 @@
 #include <limits.h>
 #include <linux/fcntl.h>
 #include <linux/sched.h>
+#include <asm/ioctls.h>
 #include <asm/signal.h>
 
 #ifndef CLONE_PIDFD
@@ -74,6 +75,7 @@ enum { STATUS_PATH = 3 };
 #define PR_SET_TIMERSLACK 29
 #define PR_SET_NO_NEW_PRIVS 38
 #define PRIO_PROCESS 0
+#define SECCOMP_SET_MODE_FILTER 1
 #define IOPRIO_WHO_PROCESS 1
 #define RLIMIT_NOFILE 7
 
@@ -106,6 +108,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_RESTORE_SIGNALS] = "restore_signals",
     [SPAWN_IGNORE_SIGNAL] = "ignore_signals",
     [SPAWN_SETSID] = "start_new_session",
+    [SPAWN_CONTROLLING_TERMINAL] = "controlling_terminal",
     [SPAWN_SETPGID] = "process_group",
     [SPAWN_SETGROUPS] = "extra_groups",
     [SPAWN_SETGID] = "group",
@@ -121,6 +124,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_SETUID] = "user",
     [SPAWN_PARENT_DEATH] = "parent_death_signal",
     [SPAWN_NO_NEW_PRIVS] = "no_new_privs",
+    [SPAWN_SECCOMP] = "seccomp",
     [SPAWN_SIGMASK] = "sigmask",
     [SPAWN_HIDE_MEMORY] = "hide memory",
     [SPAWN_SET_MASK] = "restore signal mask",
@@ -186,6 +190,27 @@ CHILD long child_oom_score(const char *text, long length)
     long result = sys_write(fd, text, (size_t)length);
     (void)sys_close(fd);
     return result;
+}
+
+/* The first terminal among stdin, stdout and stderr. ioctl_tty(2). */
+CHILD long child_take_terminal(void)
+{
+    long result = -ENOTTY;
+    for (int fd = 0; fd <= STDERR_FD && (result == -ENOTTY || result == -EBADF); fd++)
+        result = sys_call(__NR_ioctl, fd, TIOCSCTTY, 0, 0, 0, 0);
+    return result;
+}
+
+/* seccomp(2) has struct sock_fprog: a short and, aligned, a pointer. */
+CHILD long child_seccomp(long count, const void *instructions)
+{
+    struct {
+        unsigned short count;
+        const void *instructions;
+    } program;
+    program.count = (unsigned short)count;
+    program.instructions = instructions;
+    return sys_call(__NR_seccomp, SECCOMP_SET_MODE_FILTER, 0, (long)&program, 0, 0, 0);
 }
 
 /* The parent may have died before: then nobody waits for us. 0: it is not of our pid namespace. */
@@ -332,6 +357,8 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return child_ignore_signal((int)step->a);
     case SPAWN_SETSID:
         return sys_call(__NR_setsid, 0, 0, 0, 0, 0, 0);
+    case SPAWN_CONTROLLING_TERMINAL:
+        return child_take_terminal();
     case SPAWN_SETPGID:
         return sys_call(__NR_setpgid, 0, step->a, 0, 0, 0, 0);
     /* libc's versions would change every thread of the parent. */
@@ -366,6 +393,8 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return child_parent_death(step->a, step->b);
     case SPAWN_NO_NEW_PRIVS:
         return sys_call(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0);
+    case SPAWN_SECCOMP:
+        return child_seccomp(step->a, step->data);
     case SPAWN_SET_MASK:
         return sys_sigmask(SIG_SETMASK, step->data ? step->data : &child->mask, NULL);
     case SPAWN_EXEC:
@@ -767,10 +796,15 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     for (size_t i = 0; i < request->pass_fd_count; i++)
         add_step(child, SPAWN_PASS_FD, request->pass_fds[i], 0);
     const void *mask = NULL;
+    const struct spawn_step *filter = NULL;
     for (size_t i = 0; i < request->step_count; i++) {
         const struct spawn_step *step = &request->steps[i];
         if (step->op == SPAWN_SIGMASK) {
             mask = step->data;
+            continue;
+        }
+        if (step->op == SPAWN_SECCOMP) {
+            filter = step;
             continue;
         }
         child->steps[child->step_count++] = *step;
@@ -781,6 +815,8 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;
+    if (filter)
+        child->steps[child->step_count++] = *filter; /* it may refuse all of the above */
     add_step(child, SPAWN_EXEC, 0, 0);
 }
 

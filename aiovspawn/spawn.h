@@ -38,6 +38,7 @@ enum spawn_op {
     SPAWN_RESTORE_SIGNALS,
     SPAWN_IGNORE_SIGNAL, /* a: signal number */
     SPAWN_SETSID,
+    SPAWN_CONTROLLING_TERMINAL,
     SPAWN_SETPGID,   /* a: process group, 0 for a new one */
     SPAWN_SETGROUPS, /* a: count, data: uint32_t group ids */
     SPAWN_SETGID,    /* a: group id */
@@ -53,6 +54,7 @@ enum spawn_op {
     SPAWN_SETUID,       /* a: user id */
     SPAWN_PARENT_DEATH, /* a: signal number, b: set by spawn_prepare() */
     SPAWN_NO_NEW_PRIVS,
+    SPAWN_SECCOMP,      /* a: number of instructions, data: these, struct sock_filter; done last */
     SPAWN_SIGMASK,      /* data: uint64_t; what SPAWN_SET_MASK sets instead of the thread's */
     SPAWN_HIDE_MEMORY,
     SPAWN_SET_MASK,  /* data: mask, or NULL for the calling thread's */

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
+import seccomp
 from conftest import compile_program
 
 import aiovspawn
@@ -45,6 +49,8 @@ print(json.dumps({
     "uid": os.getuid(),
     "leads": (os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()),
     "umask": status["Umask"],
+    "seccomp": status["Seccomp"],
+    "terminal": int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[4]) != 0,
     "cwd": os.getcwd(),
 }))
 """.replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31")
@@ -184,6 +190,59 @@ async def test_oom_score_adj_is_the_childs_alone(core_rung: str) -> None:
     assert _core.rung() == rung
 
 
+REFUSING = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        *seccomp.refuse(39 if os.uname().machine == "x86_64" else 172, errno.EDOM),
+        (seccomp.RETURN, 0, 0, seccomp.ALLOW),
+    )
+)
+"""getpid() fails."""
+
+
+async def test_seccomp(core_rung: str) -> None:
+    code = (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True);"
+        " print(libc.getpid(), libc.syscall(NR), ctypes.get_errno())"
+    ).replace("NR", "39" if os.uname().machine == "x86_64" else "172")
+    done = await aiovspawn.run_process(
+        [PYTHON, "-c", code], stdout=subprocess.PIPE, seccomp=REFUSING, no_new_privs=True
+    )
+    assert done.stdout.split()[1:] == [b"-1", b"%d" % errno.EDOM]
+    with pytest.raises(OSError) as caught:  # an instruction that there is not
+        await aiovspawn.run_process(["/bin/true"], seccomp=b"\xff" * 8, no_new_privs=True)
+    assert caught.value.errno == errno.EINVAL
+    assert "'seccomp'" in caught.value.__notes__[0]
+    with pytest.raises(FileNotFoundError):  # told from inside the filter
+        await aiovspawn.run_process(["/nonexistent"], seccomp=REFUSING, no_new_privs=True)
+
+
+async def test_controlling_terminal(core_rung: str) -> None:
+    terminal, stdin = os.openpty()
+    try:
+        code = (
+            "import os; fd = os.open('/dev/tty', os.O_RDWR);"
+            " print(os.tcgetpgrp(fd) == os.getpid(), os.ttyname(0))"
+        )
+        done = await aiovspawn.run_process(
+            [PYTHON, "-c", code], stdin=stdin, stdout=subprocess.PIPE, controlling_terminal=True
+        )
+        assert done.stdout.decode().split() == ["True", os.ttyname(stdin)]
+    finally:
+        os.close(terminal)
+        os.close(stdin)
+    with pytest.raises(OSError) as caught:
+        await aiovspawn.run_process(
+            ["/bin/true"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            controlling_terminal=True,
+        )
+    assert caught.value.errno == errno.ENOTTY
+    assert "'controlling_terminal'" in caught.value.__notes__[0]
+
+
 def idioms() -> list[tuple[str, str]]:
     """The rows of the documentation's table."""
     lines = (Path(__file__).parent.parent / "docs" / "options.md").read_text().splitlines()
@@ -200,6 +259,12 @@ SPACE = {
     "PR_SET_NO_NEW_PRIVS": 38,
     "PR_SET_TIMERSLACK": 29,
     "ADDR_NO_RANDOMIZE": 0x0040000,
+    "fcntl": fcntl,
+    "termios": termios,
+    "PR_SET_SECCOMP": 22,
+    "SECCOMP_MODE_FILTER": 2,
+    "code": REFUSING,
+    "program": ctypes.byref(seccomp.Program(len(REFUSING) // 8, REFUSING)),
     "IOPRIO_SET": 251 if os.uname().machine == "x86_64" else 30,
 }
 
@@ -209,15 +274,27 @@ async def test_the_documented_idioms(code: str, option: str) -> None:
     """Under subprocess with the preexec_fn, and here with the option, children see the same."""
     command = [PYTHON, "-I", "-S", "-c", LOOK]
     keywords = eval(f"dict({option})", SPACE)
-    by_popen = subprocess.run(command, capture_output=True, check=True, preexec_fn=lambda: eval(code, SPACE))
-    ours = await aiovspawn.run_process(command, capture_output=True, check=True, **keywords)
-    plain = await aiovspawn.run_process(command, capture_output=True, check=True)
+
+    def preexec_fn() -> None:
+        if "seccomp" in keywords:  # what the kernel asks for, and what prctl() takes
+            SPACE["libc"].prctl(38, 1, 0, 0, 0)
+        exec(code, SPACE)
+
+    terminal, stdin = os.openpty()
+    pipes: dict[str, Any] = {"stdin": stdin, "capture_output": True, "check": True}
+    try:
+        by_popen = subprocess.run(command, preexec_fn=preexec_fn, **pipes)
+        ours = await aiovspawn.run_process(command, **pipes, **keywords)
+        plain = await aiovspawn.run_process(command, **pipes)
+    finally:
+        os.close(terminal)
+        os.close(stdin)
     assert json.loads(ours.stdout) == json.loads(by_popen.stdout)
     assert json.loads(ours.stdout) != json.loads(plain.stdout)
 
 
 def test_the_table_is_read() -> None:
-    assert len(idioms()) == 16
+    assert len(idioms()) == 18
 
 
 def test_each_option_is_documented() -> None:
@@ -283,6 +360,7 @@ async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], 
 
 
 UNPRIVILEGED: list[dict[str, Any]] = [
+    {"seccomp": bytes.fromhex("060000000000ff7f")},
     {"nice": -1},
     {"scheduler": (os.SCHED_FIFO, 1)},
     {"rlimits": {resource.RLIMIT_NOFILE: (HARD + 1, HARD + 1)}},
@@ -343,6 +421,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"parent_death_signal": 65}, ValueError),
     ({"no_new_privs": 1}, TypeError),
     ({"sigmask": [0]}, ValueError),
+    ({"seccomp": "allow"}, TypeError),
+    ({"seccomp": b""}, ValueError),
+    ({"seccomp": bytes(9)}, ValueError),
+    ({"seccomp": bytes(8 * 4097)}, ValueError),
+    ({"controlling_terminal": 1}, TypeError),
     ({"ignore_signals": [signal.SIGKILL]}, ValueError),
     ({"ignore_signals": ["SIGHUP"]}, TypeError),
     ({"chroot": 3}, TypeError),
