@@ -36,7 +36,8 @@ def check_grace(terminate_grace: float) -> None:
 
 def lead_group(keywords: dict[str, Any]) -> None:
     """Let the process lead a group of its own, unless its keywords say in which it is."""
-    if not keywords.get("start_new_session") and keywords.get("process_group") is None:
+    leads = keywords.get("start_new_session") or keywords.get("controlling_terminal")
+    if not leads and keywords.get("process_group") is None:
         keywords["process_group"] = 0
 
 

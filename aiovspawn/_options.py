@@ -12,7 +12,7 @@ class Options(TypedDict, total=False):
     and of our loops' subprocess_exec() and subprocess_shell(), beside those of subprocess.Popen.
 
     The parent is not changed by any of them. The child does them in this order: chroot, cwd,
-    umask, signals, session; all below up to securebits; groups and user; the rest.
+    umask, signals, session; all below up to rlimits; groups and user; the rest.
     """
 
     chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -22,8 +22,6 @@ class Options(TypedDict, total=False):
     of a new session, which this implies. ioctl_tty(2), TIOCSCTTY."""
     ignore_signals: Iterable[int]
     """Signals that the program ignores. sigaction(2)."""
-    rlimits: Mapping[int, tuple[int, int]]
-    """{resource.RLIMIT_...: (soft, hard)}; resource.RLIM_INFINITY for none. setrlimit(2)."""
     nice: int
     """What is added to the niceness, as os.nice() does."""
     ioprio: tuple[int, int]
@@ -40,6 +38,8 @@ class Options(TypedDict, total=False):
     """Nanoseconds by which timers may be late; 0 for the default. prctl(2), PR_SET_TIMERSLACK."""
     securebits: int
     """How root and capabilities go together. prctl(2), PR_SET_SECUREBITS; capabilities(7)."""
+    rlimits: Mapping[int, tuple[int, int]]
+    """{resource.RLIMIT_...: (soft, hard)}; resource.RLIM_INFINITY for none. setrlimit(2)."""
     parent_death_signal: int
     """Sent to the program when the thread that launched it ends. prctl(2), PR_SET_PDEATHSIG."""
     no_new_privs: bool
@@ -48,7 +48,8 @@ class Options(TypedDict, total=False):
     """A compiled BPF program, struct sock_filter each, for the exec and all after it; without
     privileges it takes no_new_privs. seccomp(2), SECCOMP_SET_MODE_FILTER."""
     sigmask: Iterable[int]
-    """Signals that are blocked in the program; else those of the calling thread. sigprocmask(2)."""
+    """Signals that are blocked in the program; else those of the calling thread. Those that are libc's
+    own (32 and 33) stay unblocked, as pthread_sigmask(3) has it. sigprocmask(2)."""
 
 
 NAMES = tuple(Options.__annotations__)

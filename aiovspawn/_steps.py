@@ -31,6 +31,8 @@ class CheckedOptions:
 NO_OPTIONS = CheckedOptions()
 
 LONG_MAX = 2**63 - 1
+LIBC_SIGNALS = (32, 33)
+"""With which glibc's threads talk to each other: nptl(7)."""
 BPF_INSTRUCTION_SIZE = 8
 BPF_MAX_INSTRUCTIONS = 4096
 """linux/filter.h"""
@@ -77,8 +79,8 @@ def _chroot(name: str, value: Any) -> Iterator[Step]:
 
 def _ignore_signals(name: str, value: Any) -> Iterator[Step]:
     for number in _integers(name, value, 1, signal.NSIG - 1):
-        if number in (signal.SIGKILL, signal.SIGSTOP):
-            raise ValueError(f"{name}: {signal.Signals(number).name} cannot be ignored")
+        if number in (signal.SIGKILL, signal.SIGSTOP, *LIBC_SIGNALS):
+            raise ValueError(f"{name}: signal {number} cannot be ignored")
         yield _core.STEP_IGNORE_SIGNAL, number, 0, None
 
 
@@ -157,7 +159,8 @@ def _controlling_terminal(name: str, value: Any) -> Iterator[Step]:
 
 
 def _sigmask(name: str, value: Any) -> Iterator[Step]:
-    mask = sum(1 << (number - 1) for number in _integers(name, value, 1, signal.NSIG - 1))
+    numbers = _integers(name, value, 1, signal.NSIG - 1)
+    mask = sum(1 << (number - 1) for number in numbers if number not in LIBC_SIGNALS)
     yield _core.STEP_SIGMASK, 0, 0, struct.pack("Q", mask)
 
 
@@ -168,7 +171,6 @@ FIRST: dict[str, Maker] = {"chroot": _chroot}
 BEFORE_IDS: dict[str, Maker] = {
     "controlling_terminal": _controlling_terminal,
     "ignore_signals": _ignore_signals,
-    "rlimits": _rlimits,
     "nice": _nice,
     "ioprio": _ioprio,
     "scheduler": _scheduler,
@@ -177,6 +179,7 @@ BEFORE_IDS: dict[str, Maker] = {
     "personality": _flag_word(_core.STEP_PERSONALITY, 2**32 - 2),
     "timer_slack": _flag_word(_core.STEP_TIMER_SLACK, LONG_MAX),
     "securebits": _flag_word(_core.STEP_SECUREBITS, 2**32 - 1),
+    "rlimits": _rlimits,  # after what they might hinder
 }
 # The change of ids clears the first of these, and the third may be what lets it be.
 LAST: dict[str, Maker] = {

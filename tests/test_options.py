@@ -94,6 +94,7 @@ EACH: list[tuple[dict[str, Any], str, Any]] = [
     ({"no_new_privs": False}, "no_new_privs", 0),
     ({"sigmask": {signal.SIGUSR1, 64}}, "sigmask", bits(signal.SIGUSR1, 64)),
     ({"sigmask": ()}, "sigmask", 0),
+    ({"sigmask": range(1, 65)}, "sigmask", bits(*{*range(1, 65)} - {9, 19, 32, 33})),
     ({"rlimits": {}}, "nice", os.getpriority(os.PRIO_PROCESS, 0)),
 ]
 if ROOT:
@@ -140,6 +141,19 @@ async def test_rlimits(core_rung: str) -> None:
     for number, pair in limits.items():
         assert tuple(seen["rlimits"][str(number)]) == pair
     assert seen["rlimits"][str(resource.RLIMIT_STACK)] == list(resource.getrlimit(resource.RLIMIT_STACK))
+
+
+async def test_limits_do_not_hinder_the_other_options(core_rung: str) -> None:
+    done = await aiovspawn.run_process(
+        ["/bin/cat", "/proc/self/oom_score_adj"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        rlimits={resource.RLIMIT_NOFILE: (3, 3), resource.RLIMIT_NICE: (0, 0)},
+        oom_score_adj=300,
+        nice=1,
+    )
+    assert done.returncode != 0  # no fd is left for the program, but there was one
+    assert done.rusage is not None
 
 
 async def test_ignore_signals(core_rung: str) -> None:
@@ -228,6 +242,10 @@ async def test_controlling_terminal(core_rung: str) -> None:
             [PYTHON, "-c", code], stdin=stdin, stdout=subprocess.PIPE, controlling_terminal=True
         )
         assert done.stdout.decode().split() == ["True", os.ttyname(stdin)]
+        done = await aiovspawn.run_process(
+            ["/bin/true"], stdin=stdin, controlling_terminal=True, kill_group=True
+        )
+        assert done.returncode == 0
     finally:
         os.close(terminal)
         os.close(stdin)
@@ -428,6 +446,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"controlling_terminal": 1}, TypeError),
     ({"ignore_signals": [signal.SIGKILL]}, ValueError),
     ({"ignore_signals": ["SIGHUP"]}, TypeError),
+    ({"ignore_signals": [33]}, ValueError),
     ({"chroot": 3}, TypeError),
     ({"chroot": "a\0b"}, ValueError),
     ({"nicer": 1}, TypeError),
