@@ -36,6 +36,8 @@ class _Pipe:
         self.process = process
         self.fd = fd
         """Number in the child: 0, 1 or 2."""
+        self.disconnects = False
+        """The next turn of the loop will tell the protocol."""
         self.disconnected = False
         self._launch = launch
         self._closing = False
@@ -72,6 +74,7 @@ class _Pipe:
     def _close(self, exc: BaseException | None) -> None:
         """Close the fd now, and tell the protocol in the next turn of the loop."""
         self._close_fd()
+        self.disconnects = True
         self.process._loop.call_soon(self._disconnect, exc, context=self.process.context.copy())
 
     def _close_fd(self) -> None:
@@ -83,6 +86,7 @@ class _Pipe:
     def _disconnect(self, exc: BaseException | None) -> None:
         if not self.disconnected:
             self.disconnected = True
+            self.disconnects = False
             process = self.process
             del self.process  # a cycle that reference counting alone would not free
             process.pipe_lost(self.fd, exc)

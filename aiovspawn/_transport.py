@@ -64,6 +64,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._closed = True  # until there is something to close
         self._state = State.LAUNCHING
         self._returncode: int | None = None
+        self._exit_told = False
         self._exit_waiters: list[asyncio.Future[int]] = []
         self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self.verdict: asyncio.Future[None] = loop.create_future()
@@ -172,11 +173,22 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._hub.transports.pop(self._launch.id, None)
             self._launch.close()
         else:
-            assert self._protocol is not None
+            self._tell_exit()
+        self._wake_waiters()
+
+    def _tell_exit(self) -> None:
+        if any(pipe.disconnects for pipe in self._pipes.values()):
+            # uvloop looks for events before it runs what was scheduled.
+            self._loop.call_soon(self._deliver_exit, context=self.context.copy())
+        else:
+            self._deliver_exit()
+
+    def _deliver_exit(self) -> None:
+        if self._state is not State.ABANDONED and self._protocol is not None:
             self._deliver(self._protocol.process_exited)
+            self._exit_told = True
             self._try_finish()
             self.keep_while_watched()
-        self._wake_waiters()
 
     def keep_while_watched(self) -> None:
         """Let the hub hold this transport as long as it can bring events, and no longer.
@@ -199,7 +211,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._exit_waiters.clear()
 
     def _try_finish(self) -> None:
-        if self._returncode is None or self._state is not State.RUNNING:
+        if not self._exit_told or self._state is not State.RUNNING:
             return
         if all(pipe.disconnected for pipe in self._pipes.values()):
             self._state = State.FINISHED
@@ -317,6 +329,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             return
         self._closed = True
         launching = self._state is State.LAUNCHING
+        self._kill_running(launching)  # first: at the end of its stdin it might exit by itself
         if self._retry_timer is not None:
             self._retry_timer.cancel()
             self._give_up()
@@ -327,6 +340,8 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         else:
             for pipe in self._pipes.values():
                 pipe.close()
+
+    def _kill_running(self, launching: bool) -> None:
         if self._returncode is None and self._launch.poll() is None:
             if self._loop.get_debug() and not launching:
                 logger.warning("Close running child process: kill %r", self)
