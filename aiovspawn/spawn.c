@@ -31,8 +31,6 @@
 #include "sys.h"
 
 #include <errno.h>
-#include <limits.h>
-#include <linux/fcntl.h>
 #include <linux/sched.h>
 #include <asm/ioctls.h>
 #include <asm/signal.h>
@@ -43,31 +41,8 @@
 #ifndef CLONE_CLEAR_SIGHAND
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
-#ifndef F_DUPFD_CLOEXEC
-#define F_DUPFD_CLOEXEC 1030
-#endif
-#ifndef F_SETPIPE_SZ
-#define F_SETPIPE_SZ 1031
-#endif
-#ifndef F_GETFD
-#define F_GETFD 1
-#define F_SETFD 2
-#define F_SETFL 4
-#endif
-
 #define LAST_SIGNAL 64
-#define STDERR_FD 2
 #define CLOSE_RANGE_UNSHARE_FLAG 2
-
-/* Where a child with a private, empty table puts its ends. */
-enum { STATUS_FD = STDERR_FD + 1, FIRST_END_FD };
-
-/* Of struct spawn_child's paths and inodes; the first three are stdio's. */
-enum { STATUS_PATH = 3 };
-
-#define MODE_TYPE 0170000
-#define MODE_REGULAR 0100000
-#define MODE_BLOCK 0060000
 
 #define PR_SET_PDEATHSIG 1
 #define PR_SET_DUMPABLE 4
@@ -196,7 +171,7 @@ CHILD long child_oom_score(const char *text, long length)
 CHILD long child_take_terminal(void)
 {
     long result = -ENOTTY;
-    for (int fd = 0; fd <= STDERR_FD && (result == -ENOTTY || result == -EBADF); fd++)
+    for (int fd = 0; fd <= SPAWN_STDERR_FD && (result == -ENOTTY || result == -EBADF); fd++)
         result = sys_call(__NR_ioctl, fd, TIOCSCTTY, 0, 0, 0, 0);
     return result;
 }
@@ -330,15 +305,15 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_RESET_HANDLERS:
         return child_reset_handlers();
     case SPAWN_UNSHARE_FDS:
-        return sys_close_range(STDERR_FD + 1, ~0U, CLOSE_RANGE_UNSHARE_FLAG);
+        return sys_close_range(SPAWN_STDERR_FD + 1, ~0U, CLOSE_RANGE_UNSHARE_FLAG);
     case SPAWN_REOPEN_STATUS:
-        return child_reopen(child, STATUS_PATH, O_WRONLY, STATUS_FD);
+        return child_reopen(child, SPAWN_STATUS_PATH, O_WRONLY, SPAWN_STATUS_FD);
     case SPAWN_REOPEN:
-        return child_reopen(child, (int)step->b, step->a, FIRST_END_FD + (int)step->b);
+        return child_reopen(child, (int)step->b, step->a, SPAWN_FIRST_END_FD + (int)step->b);
     case SPAWN_VERIFY:
         return child_verify((int)step->a, child->inodes[step->a]);
     case SPAWN_DETACHED:
-        return sys_write(STATUS_FD, "", 1);
+        return sys_write(SPAWN_STATUS_FD, "", 1);
     case SPAWN_CLOSE_RANGE:
         return child_close_range(step->a, step->b);
     case SPAWN_STDIO:
@@ -421,403 +396,8 @@ CHILD void child_main(void *arg)
             sys_exit_group(SPAWN_FAILED_EXIT);
         }
         if (step->op == SPAWN_UNSHARE_FDS)
-            status_fd = STATUS_FD; /* closed, until it has been opened anew */
+            status_fd = SPAWN_STATUS_FD; /* closed, until it has been opened anew */
     }
-}
-
-/* ---- the parent: ends of pipes ------------------------------------------- */
-
-void spawn_ends_init(struct spawn_ends *ends)
-{
-    ends->status_read = ends->status_write = -1;
-    for (int i = 0; i < 3; i++) {
-        ends->parent[i] = ends->child[i] = -1;
-        ends->source[i] = SPAWN_INHERIT;
-    }
-}
-
-static void close_end(int *fd)
-{
-    int old = *fd;
-    *fd = -1;
-    if (old >= 0)
-        (void)sys_close(old);
-}
-
-void spawn_close_child_ends(struct spawn_ends *ends)
-{
-    close_end(&ends->status_write);
-    for (int i = 0; i < 3; i++)
-        close_end(&ends->child[i]);
-}
-
-/* What spawn_keep_inherited() keeps. */
-void spawn_close_inherited(struct spawn_ends *ends)
-{
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] == SPAWN_INHERIT)
-            close_end(&ends->child[i]);
-}
-
-/* All but that. */
-void spawn_close_own_child_ends(struct spawn_ends *ends)
-{
-    close_end(&ends->status_write);
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] != SPAWN_INHERIT)
-            close_end(&ends->child[i]);
-}
-
-void spawn_close_ends(struct spawn_ends *ends)
-{
-    spawn_close_child_ends(ends);
-    close_end(&ends->status_read);
-    for (int i = 0; i < 3; i++)
-        close_end(&ends->parent[i]);
-}
-
-/* Takes `fd` and gives one >= 3 for it; on failure `fd` is closed. A parent may
- * run with its own 0-2 closed, and stdio steps write there. */
-int spawn_raise_fd(int fd)
-{
-    if (fd < 0 || fd > STDERR_FD)
-        return fd;
-    int raised = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FD + 1);
-    (void)sys_close(fd);
-    return raised;
-}
-
-static int open_pipe(int flags, int *ret_read, int *ret_write)
-{
-    int fds[2];
-    long result = sys_pipe2(fds, O_CLOEXEC | flags);
-    if (result < 0)
-        return (int)result;
-    fds[0] = spawn_raise_fd(fds[0]);
-    fds[1] = spawn_raise_fd(fds[1]);
-    if (fds[0] < 0 || fds[1] < 0) {
-        int error = fds[0] < 0 ? fds[0] : fds[1];
-        close_end(&fds[0]);
-        close_end(&fds[1]);
-        return error;
-    }
-    *ret_read = fds[0];
-    *ret_write = fds[1];
-    return 0;
-}
-
-/* Only the parent's end is non-blocking: the two ends are open file
- * descriptions of their own, and the child's program expects a blocking one. */
-static int open_stdio_pipe(struct spawn_ends *ends, int i, int pipe_size)
-{
-    int *parent = &ends->parent[i], *child = &ends->child[i];
-    int result = i == 0 ? open_pipe(0, child, parent) : open_pipe(0, parent, child);
-    if (result == 0 && pipe_size > 0)
-        result = (int)sys_fcntl(*parent, F_SETPIPE_SZ, pipe_size);
-    if (result >= 0)
-        result = (int)sys_fcntl(*parent, F_SETFL, O_NONBLOCK);
-    ends->source[i] = *child;
-    return result;
-}
-
-static int open_devnull(struct spawn_ends *ends, int i)
-{
-    int fd = spawn_raise_fd((int)sys_openat(AT_FDCWD, "/dev/null", O_RDWR | O_CLOEXEC));
-    if (fd < 0)
-        return fd;
-    ends->source[i] = ends->child[i] = fd;
-    return 0;
-}
-
-/* A user's fd below 3 that goes to another number is duplicated here, so that
- * swaps (stdout=2, stderr=1) need no care in the child. */
-static int take_user_fd(struct spawn_ends *ends, int i, int fd)
-{
-    if (fd > STDERR_FD || fd == i) {
-        ends->source[i] = fd;
-        return 0;
-    }
-    int raised = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, STDERR_FD + 1);
-    if (raised < 0)
-        return raised;
-    ends->source[i] = ends->child[i] = raised;
-    return 0;
-}
-
-static int open_stdio(const struct spawn_request *request, struct spawn_ends *ends, int i,
-                      enum spawn_op *ret_op)
-{
-    int plan = request->stdio[i];
-    switch (plan) {
-    case SPAWN_INHERIT:
-        return 0;
-    case SPAWN_PIPE:
-        return open_stdio_pipe(ends, i, request->pipe_size);
-    case SPAWN_DEVNULL:
-        return open_devnull(ends, i);
-    case SPAWN_STDOUT:
-        ends->source[i] = ends->source[1];
-        return 0;
-    default:
-        *ret_op = SPAWN_STDIO;
-        return take_user_fd(ends, i, plan);
-    }
-}
-
-/* A closed fd of the user's must fail here: one of ours, opened next, could get
- * its number, and the child would then inherit that. */
-static int check_user_fds(const struct spawn_request *request, enum spawn_op *ret_op)
-{
-    for (int i = 0; i < 3; i++) {
-        int plan = request->stdio[i];
-        if (plan == SPAWN_BAD_FD || (plan >= 0 && sys_fcntl(plan, F_GETFD, 0) < 0)) {
-            *ret_op = SPAWN_STDIO;
-            return -EBADF;
-        }
-    }
-    for (size_t i = 0; i < request->pass_fd_count; i++)
-        if (sys_fcntl(request->pass_fds[i], F_GETFD, 0) < 0) {
-            *ret_op = SPAWN_PASS_FD;
-            return -EBADF;
-        }
-    return 0;
-}
-
-/* Opens all pipes of a launch. On failure nothing stays open. */
-int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
-{
-    spawn_ends_init(ends);
-    int result = check_user_fds(request, ret_op);
-    if (result < 0)
-        return result;
-    *ret_op = SPAWN_OPEN_PIPES;
-    result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
-    for (int i = 0; i < 3 && result >= 0; i++)
-        result = open_stdio(request, ends, i, ret_op);
-    if (result < 0)
-        spawn_close_ends(ends);
-    return result < 0 ? result : 0;
-}
-
-/* ---- the parent: the table of steps -------------------------------------- */
-
-/* How many steps spawn_prepare() can make of a request. */
-size_t spawn_step_bound(const struct spawn_request *request)
-{
-    size_t kept = request->pass_fd_count + 4; /* with 3 sources and the status pipe */
-    size_t unsharing = 1 + 1 + 3 + 1;
-    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
-}
-
-static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
-{
-    child->steps[child->step_count++] = (struct spawn_step){.op = op, .a = a, .b = b};
-}
-
-static bool is_passed(const struct spawn_request *request, int fd)
-{
-    for (size_t i = 0; i < request->pass_fd_count; i++)
-        if (request->pass_fds[i] == fd)
-            return true;
-    return false;
-}
-
-/* The lowest fd above `above` that the child keeps, or INT_MAX. `*next` is the
- * place reached in pass_fds, which ascend. */
-static int next_kept(const struct spawn_request *request, const struct spawn_ends *ends, int above, size_t *next)
-{
-    int lowest = ends->status_write > above ? ends->status_write : INT_MAX;
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] > above && ends->source[i] < lowest)
-            lowest = ends->source[i];
-    while (*next < request->pass_fd_count && request->pass_fds[*next] <= above)
-        ++*next;
-    if (*next < request->pass_fd_count && request->pass_fds[*next] < lowest)
-        lowest = request->pass_fds[*next];
-    return lowest;
-}
-
-/* Closed first of all: until exec the child's copies would keep other
- * children's pipes, sockets, locks and freshly written programs open. */
-static void add_closing(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
-{
-    size_t next = 0;
-    for (int above = STDERR_FD; above < INT_MAX;) {
-        int kept = next_kept(request, ends, above, &next);
-        if (kept == INT_MAX)
-            add_step(child, SPAWN_CLOSE_RANGE, above + 1, INT_MAX);
-        else if (kept > above + 1)
-            add_step(child, SPAWN_CLOSE_RANGE, above + 1, kept - 1);
-        above = kept;
-    }
-}
-
-static void add_stdio(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
-{
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] != SPAWN_INHERIT)
-            add_step(child, SPAWN_STDIO, ends->source[i], i);
-    /* Ours are close-on-exec; the user's may not be. */
-    for (int i = 0; i < 3 && request->close_fds; i++) {
-        int fd = request->stdio[i];
-        if (fd > STDERR_FD && !is_passed(request, fd))
-            add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
-    }
-}
-
-/* Whether all that the child needs is ours or inherited: a user's fd may be closed
- * by the user before the child has opened it anew. */
-bool spawn_can_share_fds(const struct spawn_request *request)
-{
-    bool ours = request->close_fds && request->pass_fd_count == 0;
-    for (int i = 0; i < 3; i++)
-        ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
-    return ours;
-}
-
-/* What the child is to know an fd of ours by; gives its mode, 0 if it is closed. */
-static uint32_t note_inode(struct spawn_child *child, int index, int fd)
-{
-    uint64_t stat[SYS_STAT_WORDS];
-    stat[0] = stat[1] = stat[2] = stat[3] = 0;
-    if (fd >= 0)
-        (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
-    child->inodes[index][0] = stat[0];
-    child->inodes[index][1] = stat[1];
-    return sys_stat_mode(stat);
-}
-
-static int keep_inherited(struct spawn_ends *ends, struct spawn_child *child, int i)
-{
-    uint32_t type = note_inode(child, i, i) & MODE_TYPE;
-    if (type == MODE_REGULAR || type == MODE_BLOCK)
-        return -ENOTSUP;
-    long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, STDERR_FD + 1);
-    if (fd < 0 && fd != -EBADF)
-        return (int)fd;
-    ends->child[i] = fd < 0 ? -1 : (int)fd;
-    (void)note_inode(child, i, ends->child[i]);
-    return 0;
-}
-
-/* Until the child has a table of its own, whoever closes fd 0, 1 or 2 of the parent
- * and opens another file there does so for the child too. A duplicate keeps the
- * inode, by which the child knows the file, from being used again meanwhile, and is
- * what a later attempt without sharing gives the child. Not of a regular file, where
- * closing the duplicate would take the parent's locks (fcntl(2)) or write to a server. */
-int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child)
-{
-    int result = 0;
-    for (int i = 0; i < 3 && result == 0; i++)
-        if (ends->source[i] == SPAWN_INHERIT)
-            result = keep_inherited(ends, child, i);
-    if (result < 0)
-        spawn_close_inherited(ends);
-    return result;
-}
-
-static char *append_number(char *to, unsigned number)
-{
-    char digits[10];
-    int count = 0;
-    do
-        digits[count++] = (char)('0' + number % 10);
-    while ((number /= 10) > 0);
-    while (count > 0)
-        *to++ = digits[--count];
-    return to;
-}
-
-static char *append_text(char *to, const char *text)
-{
-    while (*text)
-        *to++ = *text++;
-    return to;
-}
-
-/* Our fd, as the child finds it: by thread, which may have a fd table of its own. */
-static void name_fd(struct spawn_child *child, int index, int fd)
-{
-    char *to = append_text(child->paths[index], "/proc/");
-    to = append_number(to, (unsigned)sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0));
-    to = append_number(append_text(to, "/fd/"), (unsigned)fd);
-    *to = '\0';
-    (void)note_inode(child, index, fd);
-}
-
-static long access_to(int plan, int i)
-{
-    if (plan == SPAWN_DEVNULL)
-        return O_RDWR;
-    return i == 0 ? O_RDONLY : O_WRONLY;
-}
-
-/* From a shared table to a private one with 0-2, the status pipe and the ends. */
-static void add_unsharing(const struct spawn_request *request, const struct spawn_ends *ends,
-                          struct spawn_child *child)
-{
-    add_step(child, SPAWN_UNSHARE_FDS, 0, 0);
-    name_fd(child, STATUS_PATH, ends->status_write);
-    add_step(child, SPAWN_REOPEN_STATUS, 0, 0);
-    for (int i = 0; i < 3; i++) {
-        if (ends->source[i] == SPAWN_INHERIT) {
-            add_step(child, SPAWN_VERIFY, i, 0);
-        } else if (ends->child[i] >= 0) {
-            name_fd(child, i, ends->child[i]);
-            add_step(child, SPAWN_REOPEN, access_to(request->stdio[i], i), i);
-        }
-    }
-    add_step(child, SPAWN_DETACHED, 0, 0);
-    for (int i = 0; i < 3; i++)
-        if (ends->source[i] != SPAWN_INHERIT)
-            add_step(child, SPAWN_STDIO, FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
-}
-
-/* Fills in the table of steps, in the order of CPython's child_exec() but for
- * the closing, which comes first, and the mask, which comes last. */
-void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
-                   bool shares_fds, struct spawn_child *child)
-{
-    child->shares_fds = shares_fds;
-    child->status_fd = ends->status_write;
-    child->programs = request->programs;
-    child->argv = request->argv;
-    child->envp = request->envp;
-    child->step_count = 0;
-    if (rung != SPAWN_DETACHED_CLONE3)
-        add_step(child, SPAWN_RESET_HANDLERS, 0, 0);
-    if (shares_fds) {
-        add_unsharing(request, ends, child);
-    } else {
-        if (request->close_fds)
-            add_closing(request, ends, child);
-        add_stdio(request, ends, child);
-    }
-    for (size_t i = 0; i < request->pass_fd_count; i++)
-        add_step(child, SPAWN_PASS_FD, request->pass_fds[i], 0);
-    const void *mask = NULL;
-    const struct spawn_step *filter = NULL;
-    for (size_t i = 0; i < request->step_count; i++) {
-        const struct spawn_step *step = &request->steps[i];
-        if (step->op == SPAWN_SIGMASK) {
-            mask = step->data;
-            continue;
-        }
-        if (step->op == SPAWN_SECCOMP) {
-            filter = step;
-            continue;
-        }
-        child->steps[child->step_count++] = *step;
-        if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
-            add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
-        else if (step->op == SPAWN_PARENT_DEATH)
-            child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
-    }
-    add_step(child, SPAWN_SET_MASK, 0, 0);
-    child->steps[child->step_count - 1].data = mask;
-    if (filter)
-        child->steps[child->step_count++] = *filter; /* it may refuse all of the above */
-    add_step(child, SPAWN_EXEC, 0, 0);
 }
 
 /* ---- the parent: the clone ------------------------------------------------ */
@@ -896,7 +476,7 @@ static long clone_child(struct spawn_child *child, void *stack, size_t stack_siz
 /* A low pidfd is odd, not wrong: it stays where it is if there is no other. */
 static void raise_pidfd(int *pidfd)
 {
-    int old = *pidfd, raised = old > STDERR_FD ? -1 : (int)sys_fcntl(old, F_DUPFD_CLOEXEC, STDERR_FD + 1);
+    int old = *pidfd, raised = old > SPAWN_STDERR_FD ? -1 : (int)sys_fcntl(old, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
     if (raised >= 0) {
         *pidfd = raised;
         (void)sys_close(old);

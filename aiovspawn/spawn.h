@@ -92,6 +92,12 @@ struct spawn_request {
     size_t step_count;
 };
 
+/* Where a child with a private, empty fd table puts its ends. */
+enum { SPAWN_STDERR_FD = 2, SPAWN_STATUS_FD, SPAWN_FIRST_END_FD };
+
+/* Of struct spawn_child's paths and inodes; the first three are stdio's. */
+enum { SPAWN_STATUS_PATH = 3, SPAWN_PATHS };
+
 /* /proc/TID/fd/FD */
 enum { SPAWN_PATH_SIZE = 32 };
 
@@ -107,8 +113,8 @@ struct spawn_child {
     char *const *envp;
     struct spawn_step *steps; /* has room for spawn_step_bound() */
     size_t step_count;
-    char paths[4][SPAWN_PATH_SIZE]; /* of the ends in the parent: stdio, status pipe */
-    uint64_t inodes[4][2];          /* device and inode of these, or of the inherited fd; 0 if it is closed */
+    char paths[SPAWN_PATHS][SPAWN_PATH_SIZE]; /* of the ends in the parent: stdio, status pipe */
+    uint64_t inodes[SPAWN_PATHS][2];         /* device and inode of these, or of the inherited fd; 0 if it is closed */
 };
 
 /* The file descriptors of a launch that the parent opened; -1 where there is none. */

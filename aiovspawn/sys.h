@@ -9,6 +9,7 @@
 #define AIOVSPAWN_SYS_H
 
 #include <asm/unistd.h>
+#include <linux/fcntl.h>
 #include <stddef.h>
 #include <stdint.h>
 

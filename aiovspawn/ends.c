@@ -1,0 +1,181 @@
+/* The file descriptors that the parent opens for a launch: pipes, and /dev/null.
+ *
+ * Every fd of ours is close-on-exec and >= 3, so that no stdio step of the child
+ * overwrites the source of the next, nor the status pipe. pipe(7).
+ */
+#include "spawn.h"
+#include "sys.h"
+
+#include <errno.h>
+
+void spawn_ends_init(struct spawn_ends *ends)
+{
+    ends->status_read = ends->status_write = -1;
+    for (int i = 0; i < 3; i++) {
+        ends->parent[i] = ends->child[i] = -1;
+        ends->source[i] = SPAWN_INHERIT;
+    }
+}
+
+static void close_end(int *fd)
+{
+    int old = *fd;
+    *fd = -1;
+    if (old >= 0)
+        (void)sys_close(old);
+}
+
+void spawn_close_child_ends(struct spawn_ends *ends)
+{
+    close_end(&ends->status_write);
+    for (int i = 0; i < 3; i++)
+        close_end(&ends->child[i]);
+}
+
+/* What spawn_keep_inherited() keeps. */
+void spawn_close_inherited(struct spawn_ends *ends)
+{
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] == SPAWN_INHERIT)
+            close_end(&ends->child[i]);
+}
+
+/* All but that. */
+void spawn_close_own_child_ends(struct spawn_ends *ends)
+{
+    close_end(&ends->status_write);
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] != SPAWN_INHERIT)
+            close_end(&ends->child[i]);
+}
+
+void spawn_close_ends(struct spawn_ends *ends)
+{
+    spawn_close_child_ends(ends);
+    close_end(&ends->status_read);
+    for (int i = 0; i < 3; i++)
+        close_end(&ends->parent[i]);
+}
+
+/* Takes `fd` and gives one >= 3 for it; on failure `fd` is closed. A parent may
+ * run with its own 0-2 closed, and stdio steps write there. */
+int spawn_raise_fd(int fd)
+{
+    if (fd < 0 || fd > SPAWN_STDERR_FD)
+        return fd;
+    int raised = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
+    (void)sys_close(fd);
+    return raised;
+}
+
+static int open_pipe(int flags, int *ret_read, int *ret_write)
+{
+    int fds[2];
+    long result = sys_pipe2(fds, O_CLOEXEC | flags);
+    if (result < 0)
+        return (int)result;
+    fds[0] = spawn_raise_fd(fds[0]);
+    fds[1] = spawn_raise_fd(fds[1]);
+    if (fds[0] < 0 || fds[1] < 0) {
+        int error = fds[0] < 0 ? fds[0] : fds[1];
+        close_end(&fds[0]);
+        close_end(&fds[1]);
+        return error;
+    }
+    *ret_read = fds[0];
+    *ret_write = fds[1];
+    return 0;
+}
+
+/* Only the parent's end is non-blocking: the two ends are open file
+ * descriptions of their own, and the child's program expects a blocking one. */
+static int open_stdio_pipe(struct spawn_ends *ends, int i, int pipe_size)
+{
+    int *parent = &ends->parent[i], *child = &ends->child[i];
+    int result = i == 0 ? open_pipe(0, child, parent) : open_pipe(0, parent, child);
+    if (result == 0 && pipe_size > 0)
+        result = (int)sys_fcntl(*parent, F_SETPIPE_SZ, pipe_size);
+    if (result >= 0)
+        result = (int)sys_fcntl(*parent, F_SETFL, O_NONBLOCK);
+    ends->source[i] = *child;
+    return result;
+}
+
+static int open_devnull(struct spawn_ends *ends, int i)
+{
+    int fd = spawn_raise_fd((int)sys_openat(AT_FDCWD, "/dev/null", O_RDWR | O_CLOEXEC));
+    if (fd < 0)
+        return fd;
+    ends->source[i] = ends->child[i] = fd;
+    return 0;
+}
+
+/* A user's fd below 3 that goes to another number is duplicated here, so that
+ * swaps (stdout=2, stderr=1) need no care in the child. */
+static int take_user_fd(struct spawn_ends *ends, int i, int fd)
+{
+    if (fd > SPAWN_STDERR_FD || fd == i) {
+        ends->source[i] = fd;
+        return 0;
+    }
+    int raised = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
+    if (raised < 0)
+        return raised;
+    ends->source[i] = ends->child[i] = raised;
+    return 0;
+}
+
+static int open_stdio(const struct spawn_request *request, struct spawn_ends *ends, int i,
+                      enum spawn_op *ret_op)
+{
+    int plan = request->stdio[i];
+    switch (plan) {
+    case SPAWN_INHERIT:
+        return 0;
+    case SPAWN_PIPE:
+        return open_stdio_pipe(ends, i, request->pipe_size);
+    case SPAWN_DEVNULL:
+        return open_devnull(ends, i);
+    case SPAWN_STDOUT:
+        ends->source[i] = ends->source[1];
+        return 0;
+    default:
+        *ret_op = SPAWN_STDIO;
+        return take_user_fd(ends, i, plan);
+    }
+}
+
+/* A closed fd of the user's must fail here: one of ours, opened next, could get
+ * its number, and the child would then inherit that. */
+static int check_user_fds(const struct spawn_request *request, enum spawn_op *ret_op)
+{
+    for (int i = 0; i < 3; i++) {
+        int plan = request->stdio[i];
+        if (plan == SPAWN_BAD_FD || (plan >= 0 && sys_fcntl(plan, F_GETFD, 0) < 0)) {
+            *ret_op = SPAWN_STDIO;
+            return -EBADF;
+        }
+    }
+    for (size_t i = 0; i < request->pass_fd_count; i++)
+        if (sys_fcntl(request->pass_fds[i], F_GETFD, 0) < 0) {
+            *ret_op = SPAWN_PASS_FD;
+            return -EBADF;
+        }
+    return 0;
+}
+
+/* Opens all pipes of a launch. On failure nothing stays open. */
+int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+{
+    spawn_ends_init(ends);
+    int result = check_user_fds(request, ret_op);
+    if (result < 0)
+        return result;
+    *ret_op = SPAWN_OPEN_PIPES;
+    result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
+    for (int i = 0; i < 3 && result >= 0; i++)
+        result = open_stdio(request, ends, i, ret_op);
+    if (result < 0)
+        spawn_close_ends(ends);
+    return result < 0 ? result : 0;
+}

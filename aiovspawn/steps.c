@@ -1,0 +1,232 @@
+/* The table of steps: what the parent makes of a request for the child to do.
+ *
+ * It is complete before the clone; how the child does each step is in spawn.c.
+ */
+#include "spawn.h"
+#include "sys.h"
+
+#include <errno.h>
+#include <limits.h>
+
+#define MODE_TYPE 0170000
+#define MODE_REGULAR 0100000
+#define MODE_BLOCK 0060000
+
+/* How many steps spawn_prepare() can make of a request. */
+size_t spawn_step_bound(const struct spawn_request *request)
+{
+    size_t kept = request->pass_fd_count + 4; /* with 3 sources and the status pipe */
+    size_t unsharing = 1 + 1 + 3 + 1;
+    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
+}
+
+static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
+{
+    child->steps[child->step_count++] = (struct spawn_step){.op = op, .a = a, .b = b};
+}
+
+static bool is_passed(const struct spawn_request *request, int fd)
+{
+    for (size_t i = 0; i < request->pass_fd_count; i++)
+        if (request->pass_fds[i] == fd)
+            return true;
+    return false;
+}
+
+/* The lowest fd above `above` that the child keeps, or INT_MAX. `*next` is the
+ * place reached in pass_fds, which ascend. */
+static int next_kept(const struct spawn_request *request, const struct spawn_ends *ends, int above, size_t *next)
+{
+    int lowest = ends->status_write > above ? ends->status_write : INT_MAX;
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] > above && ends->source[i] < lowest)
+            lowest = ends->source[i];
+    while (*next < request->pass_fd_count && request->pass_fds[*next] <= above)
+        ++*next;
+    if (*next < request->pass_fd_count && request->pass_fds[*next] < lowest)
+        lowest = request->pass_fds[*next];
+    return lowest;
+}
+
+/* Closed first of all: until exec the child's copies would keep other
+ * children's pipes, sockets, locks and freshly written programs open. */
+static void add_closing(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
+{
+    size_t next = 0;
+    for (int above = SPAWN_STDERR_FD; above < INT_MAX;) {
+        int kept = next_kept(request, ends, above, &next);
+        if (kept == INT_MAX)
+            add_step(child, SPAWN_CLOSE_RANGE, above + 1, INT_MAX);
+        else if (kept > above + 1)
+            add_step(child, SPAWN_CLOSE_RANGE, above + 1, kept - 1);
+        above = kept;
+    }
+}
+
+static void add_stdio(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
+{
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] != SPAWN_INHERIT)
+            add_step(child, SPAWN_STDIO, ends->source[i], i);
+    /* Ours are close-on-exec; the user's may not be. */
+    for (int i = 0; i < 3 && request->close_fds; i++) {
+        int fd = request->stdio[i];
+        if (fd > SPAWN_STDERR_FD && !is_passed(request, fd))
+            add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
+    }
+}
+
+/* Whether all that the child needs is ours or inherited: a user's fd may be closed
+ * by the user before the child has opened it anew. */
+bool spawn_can_share_fds(const struct spawn_request *request)
+{
+    bool ours = request->close_fds && request->pass_fd_count == 0;
+    for (int i = 0; i < 3; i++)
+        ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
+    return ours;
+}
+
+/* What the child is to know an fd of ours by; gives its mode, 0 if it is closed. */
+static uint32_t note_inode(struct spawn_child *child, int index, int fd)
+{
+    uint64_t stat[SYS_STAT_WORDS];
+    stat[0] = stat[1] = stat[2] = stat[3] = 0;
+    if (fd >= 0)
+        (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
+    child->inodes[index][0] = stat[0];
+    child->inodes[index][1] = stat[1];
+    return sys_stat_mode(stat);
+}
+
+static int keep_inherited(struct spawn_ends *ends, struct spawn_child *child, int i)
+{
+    uint32_t type = note_inode(child, i, i) & MODE_TYPE;
+    if (type == MODE_REGULAR || type == MODE_BLOCK)
+        return -ENOTSUP;
+    long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
+    if (fd < 0 && fd != -EBADF)
+        return (int)fd;
+    ends->child[i] = fd < 0 ? -1 : (int)fd;
+    (void)note_inode(child, i, ends->child[i]);
+    return 0;
+}
+
+/* Until the child has a table of its own, whoever closes fd 0, 1 or 2 of the parent
+ * and opens another file there does so for the child too. A duplicate keeps the
+ * inode, by which the child knows the file, from being used again meanwhile, and is
+ * what a later attempt without sharing gives the child. Not of a regular file, where
+ * closing the duplicate would take the parent's locks (fcntl(2)) or write to a server. */
+int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child)
+{
+    int result = 0;
+    for (int i = 0; i < 3 && result == 0; i++)
+        if (ends->source[i] == SPAWN_INHERIT)
+            result = keep_inherited(ends, child, i);
+    if (result < 0)
+        spawn_close_inherited(ends);
+    return result;
+}
+
+static char *append_number(char *to, unsigned number)
+{
+    char digits[10];
+    int count = 0;
+    do
+        digits[count++] = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    while (count > 0)
+        *to++ = digits[--count];
+    return to;
+}
+
+static char *append_text(char *to, const char *text)
+{
+    while (*text)
+        *to++ = *text++;
+    return to;
+}
+
+/* Our fd, as the child finds it: by thread, which may have a fd table of its own. */
+static void name_fd(struct spawn_child *child, int index, int fd)
+{
+    char *to = append_text(child->paths[index], "/proc/");
+    to = append_number(to, (unsigned)sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0));
+    to = append_number(append_text(to, "/fd/"), (unsigned)fd);
+    *to = '\0';
+    (void)note_inode(child, index, fd);
+}
+
+static long access_to(int plan, int i)
+{
+    if (plan == SPAWN_DEVNULL)
+        return O_RDWR;
+    return i == 0 ? O_RDONLY : O_WRONLY;
+}
+
+/* From a shared table to a private one with 0-2, the status pipe and the ends. */
+static void add_unsharing(const struct spawn_request *request, const struct spawn_ends *ends,
+                          struct spawn_child *child)
+{
+    add_step(child, SPAWN_UNSHARE_FDS, 0, 0);
+    name_fd(child, SPAWN_STATUS_PATH, ends->status_write);
+    add_step(child, SPAWN_REOPEN_STATUS, 0, 0);
+    for (int i = 0; i < 3; i++) {
+        if (ends->source[i] == SPAWN_INHERIT) {
+            add_step(child, SPAWN_VERIFY, i, 0);
+        } else if (ends->child[i] >= 0) {
+            name_fd(child, i, ends->child[i]);
+            add_step(child, SPAWN_REOPEN, access_to(request->stdio[i], i), i);
+        }
+    }
+    add_step(child, SPAWN_DETACHED, 0, 0);
+    for (int i = 0; i < 3; i++)
+        if (ends->source[i] != SPAWN_INHERIT)
+            add_step(child, SPAWN_STDIO, SPAWN_FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
+}
+
+/* Fills in the table of steps, in the order of CPython's child_exec() but for
+ * the closing, which comes first, and the mask, which comes last. */
+void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
+                   bool shares_fds, struct spawn_child *child)
+{
+    child->shares_fds = shares_fds;
+    child->status_fd = ends->status_write;
+    child->programs = request->programs;
+    child->argv = request->argv;
+    child->envp = request->envp;
+    child->step_count = 0;
+    if (rung != SPAWN_DETACHED_CLONE3)
+        add_step(child, SPAWN_RESET_HANDLERS, 0, 0);
+    if (shares_fds) {
+        add_unsharing(request, ends, child);
+    } else {
+        if (request->close_fds)
+            add_closing(request, ends, child);
+        add_stdio(request, ends, child);
+    }
+    for (size_t i = 0; i < request->pass_fd_count; i++)
+        add_step(child, SPAWN_PASS_FD, request->pass_fds[i], 0);
+    const void *mask = NULL;
+    const struct spawn_step *filter = NULL;
+    for (size_t i = 0; i < request->step_count; i++) {
+        const struct spawn_step *step = &request->steps[i];
+        if (step->op == SPAWN_SIGMASK) {
+            mask = step->data;
+            continue;
+        }
+        if (step->op == SPAWN_SECCOMP) {
+            filter = step;
+            continue;
+        }
+        child->steps[child->step_count++] = *step;
+        if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
+            add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
+        else if (step->op == SPAWN_PARENT_DEATH)
+            child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
+    }
+    add_step(child, SPAWN_SET_MASK, 0, 0);
+    child->steps[child->step_count - 1].data = mask;
+    if (filter)
+        child->steps[child->step_count++] = *filter; /* it may refuse all of the above */
+    add_step(child, SPAWN_EXEC, 0, 0);
+}
