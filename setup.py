@@ -11,7 +11,10 @@ from setuptools import Extension, setup
 
 core = Extension(
     "aiovspawn._core",
-    sources=[f"aiovspawn/{name}.c" for name in ("_core", "_oneshot", "ends", "hub", "launch", "probe", "spawn", "steps")],
+    sources=[
+        f"aiovspawn/{name}.c"
+        for name in ("_core", "_oneshot", "ends", "hub", "launch", "probe", "spawn", "steps")
+    ],
     depends=[f"aiovspawn/{name}.h" for name in ("_oneshot", "hub", "launch", "probe", "spawn", "sys")],
     extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
 )

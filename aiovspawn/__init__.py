@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ._features import Feature, Features, features
 from ._loop import EventLoop, attach, new_event_loop, run
-from ._options import Options
+from ._options import Capability, Options
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
 from ._run import CompletedProcess, OutputLimitExceeded, run_process
 from ._scope import open_process
@@ -15,6 +15,7 @@ __all__ = [
     "DEVNULL",
     "PIPE",
     "STDOUT",
+    "Capability",
     "CompletedProcess",
     "EventLoop",
     "Feature",

@@ -158,7 +158,7 @@ static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *re
     PyObject *data = PyTuple_GET_ITEM(item, 3);
     if (data != Py_None && PyObject_GetBuffer(data, ret_data, PyBUF_SIMPLE) < 0)
         return -1;
-    if (op < SPAWN_CHROOT || op > SPAWN_SIGMASK) {
+    if (op < SPAWN_MAP_FD || op > SPAWN_SIGMASK) {
         PyBuffer_Release(ret_data);
         PyErr_Format(PyExc_ValueError, "no such step: %ld", op);
         return -1;
@@ -169,7 +169,7 @@ static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *re
 
 static size_t steps_size(PyObject *steps)
 {
-    size_t size = (size_t)PyTuple_GET_SIZE(steps) * sizeof(struct spawn_step) + 16;
+    size_t size = (size_t)PyTuple_GET_SIZE(steps) * (sizeof(struct spawn_step) + sizeof(int)) + 32;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
         struct spawn_step step;
         Py_buffer data;
@@ -255,10 +255,11 @@ static bool fill_block(struct block *block, const struct launch_arguments *args)
         .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
         .steps = put_steps(block, args->steps),
         .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
+        .moved = block_take(block, (size_t)PyTuple_GET_SIZE(args->steps) * sizeof(int)),
     };
     block->child.steps = block_take(block, spawn_step_bound(request) * sizeof(struct spawn_step));
     return request->programs && request->argv && request->envp && request->pass_fds && request->steps &&
-           block->child.steps;
+           request->moved && block->child.steps;
 }
 
 static struct block *block_with(const struct launch_arguments *args, size_t size)
@@ -991,6 +992,7 @@ static int add_steps(PyObject *module)
     } steps[] = {
         {"STEP_UNSHARE_FDS", SPAWN_UNSHARE_FDS},
         {"STEP_DETACHED", SPAWN_DETACHED},
+        {"STEP_MAP_FD", SPAWN_MAP_FD},
         {"STEP_CHROOT", SPAWN_CHROOT},
         {"STEP_CHDIR", SPAWN_CHDIR},
         {"STEP_UMASK", SPAWN_UMASK},
@@ -1010,7 +1012,10 @@ static int add_steps(PyObject *module)
         {"STEP_PERSONALITY", SPAWN_PERSONALITY},
         {"STEP_TIMER_SLACK", SPAWN_TIMER_SLACK},
         {"STEP_SECUREBITS", SPAWN_SECUREBITS},
+        {"STEP_DROP_CAPABILITIES", SPAWN_DROP_CAPABILITIES},
+        {"STEP_KEEP_CAPABILITIES", SPAWN_KEEP_CAPABILITIES},
         {"STEP_SETUID", SPAWN_SETUID},
+        {"STEP_AMBIENT_CAPABILITIES", SPAWN_AMBIENT_CAPABILITIES},
         {"STEP_PARENT_DEATH", SPAWN_PARENT_DEATH},
         {"STEP_NO_NEW_PRIVS", SPAWN_NO_NEW_PRIVS},
         {"STEP_SECCOMP", SPAWN_SECCOMP},

@@ -4,7 +4,62 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from enum import IntEnum
+from typing import Any, Protocol, TypeAlias, TypedDict
+
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+File: TypeAlias = "int | _HasFileno"
+"""A file descriptor or an object that has one."""
+
+
+class Capability(IntEnum):
+    """What a thread may do that otherwise only root may. capabilities(7)."""
+
+    CHOWN = 0
+    DAC_OVERRIDE = 1
+    DAC_READ_SEARCH = 2
+    FOWNER = 3
+    FSETID = 4
+    KILL = 5
+    SETGID = 6
+    SETUID = 7
+    SETPCAP = 8
+    LINUX_IMMUTABLE = 9
+    NET_BIND_SERVICE = 10
+    NET_BROADCAST = 11
+    NET_ADMIN = 12
+    NET_RAW = 13
+    IPC_LOCK = 14
+    IPC_OWNER = 15
+    SYS_MODULE = 16
+    SYS_RAWIO = 17
+    SYS_CHROOT = 18
+    SYS_PTRACE = 19
+    SYS_PACCT = 20
+    SYS_ADMIN = 21
+    SYS_BOOT = 22
+    SYS_NICE = 23
+    SYS_RESOURCE = 24
+    SYS_TIME = 25
+    SYS_TTY_CONFIG = 26
+    MKNOD = 27
+    LEASE = 28
+    AUDIT_WRITE = 29
+    AUDIT_CONTROL = 30
+    SETFCAP = 31
+    MAC_OVERRIDE = 32
+    MAC_ADMIN = 33
+    SYSLOG = 34
+    WAKE_ALARM = 35
+    BLOCK_SUSPEND = 36
+    AUDIT_READ = 37
+    PERFMON = 38
+    BPF = 39
+    CHECKPOINT_RESTORE = 40
 
 
 class Options(TypedDict, total=False):
@@ -14,6 +69,10 @@ class Options(TypedDict, total=False):
     The parent is not changed by any of them. The child does them in this order: chroot, cwd,
     umask, signals, session; all below up to rlimits; groups and user; the rest.
     """
+
+    fd_map: Mapping[int, File]
+    """{number in the program: file descriptor of the parent}, in any order, also exchanged; beside
+    pass_fds, which keeps the numbers. 0, 1 and 2 where stdin, stdout and stderr are not given. dup2(2)."""
 
     chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
     """The root directory; the program, cwd and interpreter are looked for in there. chroot(2)."""
@@ -38,8 +97,14 @@ class Options(TypedDict, total=False):
     """Nanoseconds by which timers may be late; 0 for the default. prctl(2), PR_SET_TIMERSLACK."""
     securebits: int
     """How root and capabilities go together. prctl(2), PR_SET_SECUREBITS; capabilities(7)."""
+    drop_capabilities: Iterable[int]
+    """Capabilities (Capability) that neither the program nor what it starts can have: they leave
+    the bounding set and the inheritable and ambient ones. capabilities(7)."""
     rlimits: Mapping[int, tuple[int, int]]
     """{resource.RLIMIT_...: (soft, hard)}; resource.RLIM_INFINITY for none. setrlimit(2)."""
+    ambient_capabilities: Iterable[int]
+    """Capabilities (Capability) that the program has without being root, also after user=; the parent
+    must have them. prctl(2), PR_CAP_AMBIENT."""
     parent_death_signal: int
     """Sent to the program when the thread that launched it ends. prctl(2), PR_SET_PDEATHSIG."""
     no_new_privs: bool

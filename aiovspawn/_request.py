@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from . import _core
 from ._options import reject_options
-from ._steps import NO_OPTIONS, Step, option_steps
+from ._steps import C_INT_MAX, NO_OPTIONS, Step, map_stdio, option_steps
 
 StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -31,7 +31,6 @@ UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/s
 DEFAULT_STEPS: tuple[Step, ...] = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)
 MAX_ID = 2**32 - 1
 MAX_GROUPS = 65536
-C_INT_MAX = 2**31 - 1
 
 
 @dataclass(slots=True)  # not frozen: that would cost four times as much to make
@@ -88,7 +87,10 @@ def make_request(
     """
     checked = NO_OPTIONS
     if options:
-        checked = option_steps(options)
+        checked = option_steps(options, user is not None)
+        if options.get("fd_map"):
+            stdin, stdout, stderr = map_stdio(options["fd_map"], (stdin, stdout, stderr))
+            _reject_mapped(options["fd_map"], pass_fds)
         start_new_session = start_new_session or options.get("controlling_terminal") is True
     if stdout == STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
@@ -331,6 +333,12 @@ def _pass_fds(pass_fds: Collection[int]) -> tuple[int, ...]:
     if fds and (fds[0] < 0 or fds[-1] > C_INT_MAX):
         raise ValueError("bad value(s) in fds_to_keep")
     return fds
+
+
+def _reject_mapped(fd_map: Mapping[int, Any], pass_fds: Collection[int]) -> None:
+    for fd in pass_fds:
+        if fd in fd_map:
+            raise ValueError(f"fd_map: {fd} is in pass_fds too")
 
 
 def _fs_encode(path: StrOrBytesPath) -> bytes:

@@ -31,6 +31,8 @@ class CheckedOptions:
 NO_OPTIONS = CheckedOptions()
 
 LONG_MAX = 2**63 - 1
+C_INT_MAX = 2**31 - 1
+STDERR_FD = 2
 LIBC_SIGNALS = (32, 33)
 """With which glibc's threads talk to each other: nptl(7)."""
 BPF_INSTRUCTION_SIZE = 8
@@ -65,6 +67,29 @@ def _integers(name: str, value: Any, low: int, high: int) -> list[int]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name} must be a set of integers, not {value!r}")
     return sorted({_integer(name, item, low, high) for item in value})
+
+
+def _fd(name: str, value: Any) -> int:
+    fileno = getattr(value, "fileno", None)
+    return _integer(name, value if fileno is None else fileno(), 0, C_INT_MAX)
+
+
+def _fd_map(name: str, value: Any) -> Iterator[Step]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must map file descriptors to file descriptors, not {value!r}")
+    for number, source in value.items():
+        fd = _fd(name, source)
+        if _integer(name, number, 0, C_INT_MAX) > STDERR_FD:
+            yield _core.STEP_MAP_FD, fd, int(number), None
+
+
+def map_stdio(fd_map: Mapping[int, Any], stdio: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """Let 0, 1 and 2 of an fd_map be stdin, stdout and stderr."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if number in fd_map and stdio[number] is not None:
+            raise ValueError(f"fd_map: {number} is {name}, which is given too")
+    stdin, stdout, stderr = (fd_map.get(number, given) for number, given in enumerate(stdio))
+    return stdin, stdout, stderr
 
 
 def _chroot(name: str, value: Any) -> Iterator[Step]:
@@ -134,6 +159,17 @@ def _flag_word(step: int, high: int) -> Callable[[str, Any], Iterator[Step]]:
     return steps
 
 
+def _capabilities(name: str, value: Any) -> int:
+    return sum(1 << number for number in _integers(name, value, 0, 63))
+
+
+def _capability_set(step: int) -> Callable[[str, Any], Iterator[Step]]:
+    def steps(name: str, value: Any) -> Iterator[Step]:
+        yield step, 0, 0, struct.pack("Q", _capabilities(name, value))
+
+    return steps
+
+
 def _parent_death_signal(name: str, value: Any) -> Iterator[Step]:
     yield _core.STEP_PARENT_DEATH, _integer(name, value, 1, signal.NSIG - 1), 0, None
 
@@ -167,7 +203,7 @@ def _sigmask(name: str, value: Any) -> Iterator[Step]:
 Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 
 # In the order in which the child does them.
-FIRST: dict[str, Maker] = {"chroot": _chroot}
+FIRST: dict[str, Maker] = {"fd_map": _fd_map, "chroot": _chroot}
 BEFORE_IDS: dict[str, Maker] = {
     "controlling_terminal": _controlling_terminal,
     "ignore_signals": _ignore_signals,
@@ -179,10 +215,12 @@ BEFORE_IDS: dict[str, Maker] = {
     "personality": _flag_word(_core.STEP_PERSONALITY, 2**32 - 2),
     "timer_slack": _flag_word(_core.STEP_TIMER_SLACK, LONG_MAX),
     "securebits": _flag_word(_core.STEP_SECUREBITS, 2**32 - 1),
+    "drop_capabilities": _capability_set(_core.STEP_DROP_CAPABILITIES),
     "rlimits": _rlimits,  # after what they might hinder
 }
-# The change of ids clears the first of these, and the third may be what lets it be.
+# The change of ids clears the first two of these, and the third may be what lets the fourth be.
 LAST: dict[str, Maker] = {
+    "ambient_capabilities": _capability_set(_core.STEP_AMBIENT_CAPABILITIES),
     "parent_death_signal": _parent_death_signal,
     "no_new_privs": _no_new_privs,
     "seccomp": _seccomp,
@@ -190,12 +228,15 @@ LAST: dict[str, Maker] = {
 }
 
 
-def option_steps(options: dict[str, Any]) -> CheckedOptions:
+def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
     """Check options and make steps of them; None is as good as absent."""
     for name in options:
         if name not in NAMES:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-    return CheckedOptions(_steps(FIRST, options), _steps(BEFORE_IDS, options), _steps(LAST, options))
+    before_ids = _steps(BEFORE_IDS, options)
+    if changes_user and options.get("ambient_capabilities") is not None:
+        before_ids += ((_core.STEP_KEEP_CAPABILITIES, 0, 0, None),)
+    return CheckedOptions(_steps(FIRST, options), before_ids, _steps(LAST, options))
 
 
 def _steps(makers: dict[str, Maker], options: dict[str, Any]) -> tuple[Step, ...]:

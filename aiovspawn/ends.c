@@ -15,6 +15,8 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->parent[i] = ends->child[i] = -1;
         ends->source[i] = SPAWN_INHERIT;
     }
+    ends->moved = NULL;
+    ends->moved_count = 0;
 }
 
 static void close_end(int *fd)
@@ -30,6 +32,8 @@ void spawn_close_child_ends(struct spawn_ends *ends)
     close_end(&ends->status_write);
     for (int i = 0; i < 3; i++)
         close_end(&ends->child[i]);
+    while (ends->moved_count > 0)
+        close_end(&ends->moved[--ends->moved_count]);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -145,6 +149,61 @@ static int open_stdio(const struct spawn_request *request, struct spawn_ends *en
     }
 }
 
+/* Whether a step puts some fd to this number of the child's. */
+bool spawn_is_mapped(const struct spawn_request *request, int fd)
+{
+    for (size_t i = 0; i < request->step_count; i++)
+        if (request->steps[i].op == SPAWN_MAP_FD && request->steps[i].b == fd)
+            return true;
+    return false;
+}
+
+/* A duplicate that no step overwrites. */
+static int duplicate_unmapped(const struct spawn_request *request, int fd)
+{
+    for (int least = SPAWN_STDERR_FD + 1;;) {
+        int duplicate = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, least);
+        if (duplicate < 0 || !spawn_is_mapped(request, duplicate))
+            return duplicate;
+        (void)sys_close(duplicate);
+        least = duplicate + 1;
+    }
+}
+
+/* Takes `*fd` and puts one there that no step overwrites. */
+static int move_unmapped(const struct spawn_request *request, int *fd)
+{
+    if (!spawn_is_mapped(request, *fd))
+        return 0;
+    int moved = duplicate_unmapped(request, *fd);
+    if (moved < 0)
+        return moved;
+    close_end(fd);
+    *fd = moved;
+    return 0;
+}
+
+/* What is mapped may be overwritten by another step before: these are duplicated, so
+ * that the order of the steps does not matter, nor cycles. */
+static int move_sources(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+{
+    ends->moved = request->moved;
+    for (size_t i = 0; i < request->step_count; i++) {
+        const struct spawn_step *step = &request->steps[i];
+        int fd = -1, source = (int)step->a;
+        if (step->op != SPAWN_MAP_FD)
+            continue;
+        if (source != step->b && (source <= SPAWN_STDERR_FD || spawn_is_mapped(request, source))) {
+            *ret_op = SPAWN_MAP_FD;
+            fd = duplicate_unmapped(request, source);
+            if (fd < 0)
+                return fd;
+        }
+        ends->moved[ends->moved_count++] = fd;
+    }
+    return 0;
+}
+
 /* A closed fd of the user's must fail here: one of ours, opened next, could get
  * its number, and the child would then inherit that. */
 static int check_user_fds(const struct spawn_request *request, enum spawn_op *ret_op)
@@ -161,6 +220,11 @@ static int check_user_fds(const struct spawn_request *request, enum spawn_op *re
             *ret_op = SPAWN_PASS_FD;
             return -EBADF;
         }
+    for (size_t i = 0; i < request->step_count; i++)
+        if (request->steps[i].op == SPAWN_MAP_FD && sys_fcntl((int)request->steps[i].a, F_GETFD, 0) < 0) {
+            *ret_op = SPAWN_MAP_FD;
+            return -EBADF;
+        }
     return 0;
 }
 
@@ -173,8 +237,12 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
         return result;
     *ret_op = SPAWN_OPEN_PIPES;
     result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
+    if (result == 0)
+        result = move_unmapped(request, &ends->status_write);
     for (int i = 0; i < 3 && result >= 0; i++)
         result = open_stdio(request, ends, i, ret_op);
+    if (result >= 0)
+        result = move_sources(request, ends, ret_op);
     if (result < 0)
         spawn_close_ends(ends);
     return result < 0 ? result : 0;

@@ -46,9 +46,15 @@
 
 #define PR_SET_PDEATHSIG 1
 #define PR_SET_DUMPABLE 4
+#define PR_SET_KEEPCAPS 8
+#define PR_CAPBSET_READ 23
+#define PR_CAPBSET_DROP 24
 #define PR_SET_SECUREBITS 28
 #define PR_SET_TIMERSLACK 29
 #define PR_SET_NO_NEW_PRIVS 38
+#define PR_CAP_AMBIENT 47
+#define PR_CAP_AMBIENT_RAISE 2
+#define CAPABILITY_VERSION_3 0x20080522
 #define PRIO_PROCESS 0
 #define SECCOMP_SET_MODE_FILTER 1
 #define IOPRIO_WHO_PROCESS 1
@@ -77,6 +83,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_CLOSE_RANGE] = "close file descriptors",
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
+    [SPAWN_MAP_FD] = "fd_map",
     [SPAWN_CHROOT] = "chroot",
     [SPAWN_CHDIR] = "cwd",
     [SPAWN_UMASK] = "umask",
@@ -96,7 +103,10 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_PERSONALITY] = "personality",
     [SPAWN_TIMER_SLACK] = "timer_slack",
     [SPAWN_SECUREBITS] = "securebits",
+    [SPAWN_DROP_CAPABILITIES] = "drop_capabilities",
+    [SPAWN_KEEP_CAPABILITIES] = "keep capabilities",
     [SPAWN_SETUID] = "user",
+    [SPAWN_AMBIENT_CAPABILITIES] = "ambient_capabilities",
     [SPAWN_PARENT_DEATH] = "parent_death_signal",
     [SPAWN_NO_NEW_PRIVS] = "no_new_privs",
     [SPAWN_SECCOMP] = "seccomp",
@@ -186,6 +196,50 @@ CHILD long child_seccomp(long count, const void *instructions)
     program.count = (unsigned short)count;
     program.instructions = instructions;
     return sys_call(__NR_seccomp, SECCOMP_SET_MODE_FILTER, 0, (long)&program, 0, 0, 0);
+}
+
+/* What of the inheritable capabilities stays and what comes to them. capset(2): lowering takes
+ * the ambient ones along. */
+CHILD long child_change_inheritable(uint64_t keep, uint64_t add)
+{
+    struct {
+        uint32_t version;
+        int pid;
+    } header;
+    struct {
+        uint32_t effective, permitted, inheritable;
+    } sets[2];
+    header.version = CAPABILITY_VERSION_3;
+    header.pid = 0;
+    long result = sys_call(__NR_capget, (long)&header, (long)sets, 0, 0, 0, 0);
+    if (result < 0)
+        return result;
+    for (int i = 0; i < 2; i++)
+        sets[i].inheritable = (sets[i].inheritable & (uint32_t)(keep >> 32 * i)) | (uint32_t)(add >> 32 * i);
+    return sys_call(__NR_capset, (long)&header, (long)sets, 0, 0, 0, 0);
+}
+
+/* From the two sets that an exec gives capabilities from; those in use stay until then, for the
+ * steps that need them. A capability that is not in the bounding set has been dropped already. */
+CHILD long child_drop_capabilities(uint64_t capabilities)
+{
+    for (long bit = 0; bit < 64; bit++) {
+        if (!(capabilities >> bit & 1) || sys_call(__NR_prctl, PR_CAPBSET_READ, bit, 0, 0, 0, 0) <= 0)
+            continue;
+        long result = sys_call(__NR_prctl, PR_CAPBSET_DROP, bit, 0, 0, 0, 0);
+        if (result < 0)
+            return result;
+    }
+    return child_change_inheritable(~capabilities, 0);
+}
+
+CHILD long child_raise_ambient(uint64_t capabilities)
+{
+    long result = child_change_inheritable(~0ULL, capabilities);
+    for (long bit = 0; bit < 64 && result >= 0; bit++)
+        if (capabilities >> bit & 1)
+            result = sys_call(__NR_prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, bit, 0, 0, 0);
+    return result;
 }
 
 /* The parent may have died before: then nobody waits for us. 0: it is not of our pid namespace. */
@@ -317,6 +371,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_CLOSE_RANGE:
         return child_close_range(step->a, step->b);
     case SPAWN_STDIO:
+    case SPAWN_MAP_FD:
         return step->a == step->b ? child_inherit((int)step->a) : sys_dup3((int)step->a, (int)step->b, 0);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
@@ -364,6 +419,12 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return sys_call(__NR_prctl, PR_SET_TIMERSLACK, step->a, 0, 0, 0, 0);
     case SPAWN_SECUREBITS:
         return sys_call(__NR_prctl, PR_SET_SECUREBITS, step->a, 0, 0, 0, 0);
+    case SPAWN_DROP_CAPABILITIES:
+        return child_drop_capabilities(*(const uint64_t *)step->data);
+    case SPAWN_KEEP_CAPABILITIES:
+        return sys_call(__NR_prctl, PR_SET_KEEPCAPS, 1, 0, 0, 0, 0);
+    case SPAWN_AMBIENT_CAPABILITIES:
+        return child_raise_ambient(*(const uint64_t *)step->data);
     case SPAWN_PARENT_DEATH:
         return child_parent_death(step->a, step->b);
     case SPAWN_NO_NEW_PRIVS:

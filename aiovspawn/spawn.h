@@ -32,6 +32,7 @@ enum spawn_op {
     SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
     SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
+    SPAWN_MAP_FD,      /* a: fd, b: its number in the program, >= 3 */
     SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
     SPAWN_UMASK,       /* a: mask */
@@ -51,7 +52,10 @@ enum spawn_op {
     SPAWN_PERSONALITY,  /* a: flags */
     SPAWN_TIMER_SLACK,  /* a: nanoseconds */
     SPAWN_SECUREBITS,   /* a: flags */
+    SPAWN_DROP_CAPABILITIES, /* data: uint64_t, a bit for each */
+    SPAWN_KEEP_CAPABILITIES, /* over the change of ids */
     SPAWN_SETUID,       /* a: user id */
+    SPAWN_AMBIENT_CAPABILITIES, /* data: uint64_t */
     SPAWN_PARENT_DEATH, /* a: signal number, b: set by spawn_prepare() */
     SPAWN_NO_NEW_PRIVS,
     SPAWN_SECCOMP,      /* a: number of instructions, data: these, struct sock_filter; done last */
@@ -90,6 +94,7 @@ struct spawn_request {
     size_t pass_fd_count;
     const struct spawn_step *steps; /* the user's options, in the order they are done */
     size_t step_count;
+    int *moved; /* room for a fd for each SPAWN_MAP_FD; see struct spawn_ends */
 };
 
 /* Where a child with a private, empty fd table puts its ends. */
@@ -123,6 +128,8 @@ struct spawn_ends {
     int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
     int child[3];  /* what we opened for the child's fd 0, 1, 2; with a shared table, a duplicate of what it inherits */
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
+    int *moved;    /* for each SPAWN_MAP_FD a duplicate of its fd, if another step would use up the number before */
+    size_t moved_count; /* in the launch's block, so these are closed before that can be freed: at the clone */
 };
 
 /* How a child exits that could not exec. */
@@ -142,6 +149,7 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
 void spawn_close_child_ends(struct spawn_ends *ends);
 void spawn_close_ends(struct spawn_ends *ends);
 int spawn_raise_fd(int fd);
+bool spawn_is_mapped(const struct spawn_request *request, int fd);
 
 size_t spawn_step_bound(const struct spawn_request *request);
 bool spawn_can_share_fds(const struct spawn_request *request);

@@ -15,7 +15,7 @@
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
-    size_t kept = request->pass_fd_count + 4; /* with 3 sources and the status pipe */
+    size_t kept = request->pass_fd_count + request->step_count + 4; /* with 3 sources and the status pipe */
     size_t unsharing = 1 + 1 + 3 + 1;
     return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
 }
@@ -23,6 +23,23 @@ size_t spawn_step_bound(const struct spawn_request *request)
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
 {
     child->steps[child->step_count++] = (struct spawn_step){.op = op, .a = a, .b = b};
+}
+
+/* The next step of the request that maps a fd, from *i on, or NULL. */
+static const struct spawn_step *next_mapped(const struct spawn_request *request, size_t *i)
+{
+    while (*i < request->step_count) {
+        const struct spawn_step *step = &request->steps[(*i)++];
+        if (step->op == SPAWN_MAP_FD)
+            return step;
+    }
+    return NULL;
+}
+
+/* The fd that the n-th of them maps. */
+static int mapped_source(const struct spawn_ends *ends, const struct spawn_step *step, size_t n)
+{
+    return ends->moved[n] >= 0 ? ends->moved[n] : (int)step->a;
 }
 
 static bool is_passed(const struct spawn_request *request, int fd)
@@ -41,6 +58,12 @@ static int next_kept(const struct spawn_request *request, const struct spawn_end
     for (int i = 0; i < 3; i++)
         if (ends->source[i] > above && ends->source[i] < lowest)
             lowest = ends->source[i];
+    const struct spawn_step *step;
+    for (size_t i = 0, n = 0; (step = next_mapped(request, &i)); n++) {
+        int source = mapped_source(ends, step, n);
+        if (source > above && source < lowest)
+            lowest = source;
+    }
     while (*next < request->pass_fd_count && request->pass_fds[*next] <= above)
         ++*next;
     if (*next < request->pass_fd_count && request->pass_fds[*next] < lowest)
@@ -63,17 +86,27 @@ static void add_closing(const struct spawn_request *request, const struct spawn_
     }
 }
 
+/* Ours are close-on-exec; the user's may not be. */
+static void add_closing_of(const struct spawn_request *request, int fd, struct spawn_child *child)
+{
+    if (fd > SPAWN_STDERR_FD && !is_passed(request, fd) && !spawn_is_mapped(request, fd))
+        add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
+}
+
 static void add_stdio(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
 {
     for (int i = 0; i < 3; i++)
         if (ends->source[i] != SPAWN_INHERIT)
             add_step(child, SPAWN_STDIO, ends->source[i], i);
-    /* Ours are close-on-exec; the user's may not be. */
-    for (int i = 0; i < 3 && request->close_fds; i++) {
-        int fd = request->stdio[i];
-        if (fd > SPAWN_STDERR_FD && !is_passed(request, fd))
-            add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
-    }
+    const struct spawn_step *step;
+    for (size_t i = 0, n = 0; (step = next_mapped(request, &i)); n++)
+        add_step(child, SPAWN_MAP_FD, mapped_source(ends, step, n), step->b);
+    if (!request->close_fds)
+        return;
+    for (int i = 0; i < 3; i++)
+        add_closing_of(request, request->stdio[i], child);
+    for (size_t i = 0; (step = next_mapped(request, &i));)
+        add_closing_of(request, (int)step->a, child);
 }
 
 /* Whether all that the child needs is ours or inherited: a user's fd may be closed
@@ -83,7 +116,8 @@ bool spawn_can_share_fds(const struct spawn_request *request)
     bool ours = request->close_fds && request->pass_fd_count == 0;
     for (int i = 0; i < 3; i++)
         ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
-    return ours;
+    size_t i = 0;
+    return ours && !next_mapped(request, &i);
 }
 
 /* What the child is to know an fd of ours by; gives its mode, 0 if it is closed. */
@@ -184,6 +218,15 @@ static void add_unsharing(const struct spawn_request *request, const struct spaw
             add_step(child, SPAWN_STDIO, SPAWN_FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
 }
 
+static void add_option(struct spawn_child *child, const struct spawn_step *step)
+{
+    child->steps[child->step_count++] = *step;
+    if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
+        add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
+    else if (step->op == SPAWN_PARENT_DEATH)
+        child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
+}
+
 /* Fills in the table of steps, in the order of CPython's child_exec() but for
  * the closing, which comes first, and the mask, which comes last. */
 void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
@@ -210,19 +253,12 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     const struct spawn_step *filter = NULL;
     for (size_t i = 0; i < request->step_count; i++) {
         const struct spawn_step *step = &request->steps[i];
-        if (step->op == SPAWN_SIGMASK) {
+        if (step->op == SPAWN_SIGMASK)
             mask = step->data;
-            continue;
-        }
-        if (step->op == SPAWN_SECCOMP) {
+        else if (step->op == SPAWN_SECCOMP)
             filter = step;
-            continue;
-        }
-        child->steps[child->step_count++] = *step;
-        if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
-            add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
-        else if (step->op == SPAWN_PARENT_DEATH)
-            child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
+        else if (step->op != SPAWN_MAP_FD)
+            add_option(child, step);
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;

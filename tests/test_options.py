@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -19,58 +20,31 @@ from typing import Any
 import pytest
 import seccomp
 from conftest import compile_program
+from look import LOOK, NOBODY, PYTHON, ROOT, look
 
 import aiovspawn
 from aiovspawn import _core
 
-ROOT = os.geteuid() == 0
-NOBODY = 65534
+SYS_ADMIN, SYS_RESOURCE, NET_RAW = (
+    aiovspawn.Capability.SYS_ADMIN,
+    aiovspawn.Capability.SYS_RESOURCE,
+    aiovspawn.Capability.NET_RAW,
+)
+OWN = {
+    name: int(Path("/proc/self/status").read_text().split(f"Cap{name}:")[1].split()[0], 16)
+    for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+}
+SOURCE = os.open("/dev/zero", os.O_RDWR)
+"""Something to be mapped."""
 
-LOOK = """
-import ctypes, json, os, resource, signal
-status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
-libc = ctypes.CDLL(None)
-death = ctypes.c_int()
-libc.prctl(2, ctypes.byref(death))
-print(json.dumps({
-    "rlimits": {str(number): resource.getrlimit(number) for number in range(16)},
-    "nice": os.getpriority(os.PRIO_PROCESS, 0),
-    "ioprio": libc.syscall(IOPRIO_GET, 1, 0),
-    "scheduler": (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority),
-    "cpu_affinity": sorted(os.sched_getaffinity(0)),
-    "oom_score_adj": int(open("/proc/self/oom_score_adj").read()),
-    "personality": libc.personality(0xffffffff),
-    "timer_slack": libc.prctl(30),
-    "securebits": libc.prctl(27),
-    "parent_death_signal": death.value,
-    "no_new_privs": int(status["NoNewPrivs"]),
-    "sigmask": int(status["SigBlk"], 16),
-    "ignored": int(status["SigIgn"], 16),
-    "uid": os.getuid(),
-    "leads": (os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()),
-    "umask": status["Umask"],
-    "seccomp": status["Seccomp"],
-    "terminal": int(open("/proc/self/stat").read().rsplit(")", 1)[1].split()[4]) != 0,
-    "cwd": os.getcwd(),
-}))
-""".replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31")
 
-# One that nobody may execute, too.
-PYTHON = next(path for path in ("/usr/bin/python3", sys.executable) if os.access(path, os.X_OK))
-CAP_SYS_RESOURCE = 24
+def without(*capabilities: int, **sets: int) -> dict[str, int]:
+    mask = ~sum(1 << number for number in capabilities)
+    return {name: value & mask for name, value in OWN.items()} | sets
 
 
 def bits(*signals: int) -> int:
     return sum(1 << (number - 1) for number in signals)
-
-
-async def look(**options: Any) -> dict[str, Any]:
-    done = await aiovspawn.run_process(
-        [PYTHON, "-I", "-S", "-c", LOOK], capture_output=True, **({"cwd": "/"} | options)
-    )
-    assert done.returncode == 0, done.stderr
-    seen: dict[str, Any] = json.loads(done.stdout)
-    return seen
 
 
 SMALL = resource.RLIMIT_CORE
@@ -96,6 +70,7 @@ EACH: list[tuple[dict[str, Any], str, Any]] = [
     ({"sigmask": ()}, "sigmask", 0),
     ({"sigmask": range(1, 65)}, "sigmask", bits(*{*range(1, 65)} - {9, 19, 32, 33})),
     ({"rlimits": {}}, "nice", os.getpriority(os.PRIO_PROCESS, 0)),
+    ({"fd_map": {}}, "nice", os.getpriority(os.PRIO_PROCESS, 0)),
 ]
 if ROOT:
     EACH += [
@@ -106,11 +81,28 @@ if ROOT:
         ({"user": NOBODY, "parent_death_signal": signal.SIGTERM}, "parent_death_signal", signal.SIGTERM),
         ({"user": NOBODY, "nice": -2}, "nice", os.getpriority(os.PRIO_PROCESS, 0) - 2),
         ({"user": NOBODY, "nice": -2}, "uid", NOBODY),
+        ({"drop_capabilities": [NET_RAW, SYS_ADMIN]}, "capabilities", without(NET_RAW, SYS_ADMIN)),
+        ({"drop_capabilities": range(64)}, "capabilities", without(*range(64))),
+        ({"drop_capabilities": set()}, "capabilities", OWN),
+        (
+            {"ambient_capabilities": {NET_RAW}},
+            "capabilities",
+            OWN | {"Inh": 1 << NET_RAW, "Amb": 1 << NET_RAW},
+        ),
+        (
+            {"user": NOBODY, "ambient_capabilities": {NET_RAW, 37}},
+            "capabilities",
+            dict.fromkeys(OWN, 1 << NET_RAW | 1 << 37) | {"Bnd": OWN["Bnd"]},
+        ),
+        (
+            {"user": NOBODY, "drop_capabilities": [NET_RAW]},
+            "capabilities",
+            dict.fromkeys(OWN, 0) | {"Bnd": OWN["Bnd"] & ~(1 << NET_RAW)},
+        ),
     ]
 
 
-CAPABILITIES = int(Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0], 16)
-if CAPABILITIES >> CAP_SYS_RESOURCE & 1:
+if OWN["Eff"] >> SYS_RESOURCE & 1:
     EACH.append(({"oom_score_adj": -500}, "oom_score_adj", -500))
 
 
@@ -126,7 +118,7 @@ async def test_each_is_seen_in_the_child(
     assert seen[field] == value
     plain = await look()
     changed = {name for name in seen if seen[name] != plain[name]}
-    also = {"uid", "nice", "parent_death_signal"} if len(options) == 2 else set()
+    also = {"uid", "nice", "parent_death_signal", "capabilities"} if len(options) == 2 else set()
     assert changed <= {field} | also | ({"timer_slack"} if field == "scheduler" else set())
 
 
@@ -280,6 +272,9 @@ SPACE = {
     "fcntl": fcntl,
     "termios": termios,
     "PR_SET_SECCOMP": 22,
+    "PR_CAPBSET_DROP": 24,
+    "Capability": aiovspawn.Capability,
+    "source": SOURCE,
     "SECCOMP_MODE_FILTER": 2,
     "code": REFUSING,
     "program": ctypes.byref(seccomp.Program(len(REFUSING) // 8, REFUSING)),
@@ -290,6 +285,8 @@ SPACE = {
 @pytest.mark.parametrize(("code", "option"), idioms())
 async def test_the_documented_idioms(code: str, option: str) -> None:
     """Under subprocess with the preexec_fn, and here with the option, children see the same."""
+    if option.startswith("drop_capabilities") and not ROOT:
+        pytest.skip("capabilities are root's to drop")
     command = [PYTHON, "-I", "-S", "-c", LOOK]
     keywords = eval(f"dict({option})", SPACE)
 
@@ -300,8 +297,14 @@ async def test_the_documented_idioms(code: str, option: str) -> None:
 
     terminal, stdin = os.openpty()
     pipes: dict[str, Any] = {"stdin": stdin, "capture_output": True, "check": True}
+    # subprocess closes what preexec_fn has opened, but for these, which must be open before.
+    mapped = tuple(keywords.get("fd_map", ()))
     try:
-        by_popen = subprocess.run(command, preexec_fn=preexec_fn, **pipes)
+        with contextlib.ExitStack() as stack:
+            for fd in set(mapped) - set(map(int, os.listdir("/proc/self/fd"))):
+                os.dup2(SOURCE, fd)
+                stack.callback(os.close, fd)
+            by_popen = subprocess.run(command, preexec_fn=preexec_fn, pass_fds=mapped, **pipes)
         ours = await aiovspawn.run_process(command, **pipes, **keywords)
         plain = await aiovspawn.run_process(command, **pipes)
     finally:
@@ -312,7 +315,7 @@ async def test_the_documented_idioms(code: str, option: str) -> None:
 
 
 def test_the_table_is_read() -> None:
-    assert len(idioms()) == 18
+    assert len(idioms()) == 20
 
 
 def test_each_option_is_documented() -> None:
@@ -362,6 +365,9 @@ async def test_parent_death_signal_arrives(core_rung: str) -> None:
 
 
 KERNEL_REFUSES: list[tuple[dict[str, Any], int]] = [
+    ({"fd_map": {9: 2**20 + 5}}, errno.EBADF),
+    ({"fd_map": {2**20 + 5: 2}}, errno.EBADF),
+    ({"ambient_capabilities": [63]}, errno.EINVAL),
     ({"cpu_affinity": [60000]}, errno.EINVAL),
     ({"scheduler": (77, 0)}, errno.EINVAL),
     ({"scheduler": (os.SCHED_OTHER, 5)}, errno.EINVAL),
@@ -378,6 +384,8 @@ async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], 
 
 
 UNPRIVILEGED: list[dict[str, Any]] = [
+    {"drop_capabilities": {0}},
+    {"ambient_capabilities": {0}},
     {"seccomp": bytes.fromhex("060000000000ff7f")},
     {"nice": -1},
     {"scheduler": (os.SCHED_FIFO, 1)},
@@ -449,6 +457,19 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"ignore_signals": [33]}, ValueError),
     ({"chroot": 3}, TypeError),
     ({"chroot": "a\0b"}, ValueError),
+    ({"fd_map": [3]}, TypeError),
+    ({"fd_map": {3: "0"}}, TypeError),
+    ({"fd_map": {3: -1}}, ValueError),
+    ({"fd_map": {-1: 0}}, ValueError),
+    ({"fd_map": {True: 0}}, TypeError),
+    ({"fd_map": {2**31: 0}}, ValueError),
+    ({"fd_map": {9: 0}, "pass_fds": (9,)}, ValueError),
+    ({"fd_map": {1: 0}, "stdout": subprocess.PIPE}, ValueError),
+    ({"drop_capabilities": 1}, TypeError),
+    ({"drop_capabilities": ["CAP_KILL"]}, TypeError),
+    ({"drop_capabilities": [64]}, ValueError),
+    ({"ambient_capabilities": [-1]}, ValueError),
+    ({"ambient_capabilities": 0.5}, TypeError),
     ({"nicer": 1}, TypeError),
 ]
 
