@@ -334,18 +334,31 @@ static int start_on(struct hub *hub, struct block **block, const struct launch_o
     return result;
 }
 
+/* The first rung from this one on that serves the request. */
+static int serving_rung(int rung, const struct spawn_request *request)
+{
+    while (rung < SPAWN_FORK && !spawn_serves((enum spawn_rung)rung, request))
+        rung++;
+    return rung;
+}
+
 /* Starts at the rung in use and steps down where one is refused, also when that
- * happens only now: a filter may have been installed since the last launch. */
+ * happens only now: a filter may have been installed since the last launch. A
+ * forced rung is left only for one that serves the request. */
 static int start_on_ladder(struct hub *hub, struct block **block, struct launch_options *options,
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
-    const int current = current_rung(), least = (int)spawn_least_rung(&(*block)->request);
-    int rung = current < least ? least : current, result;
-    do {
+    const int current = current_rung();
+    int rung = serving_rung(current, &(*block)->request), result;
+    const bool serves = rung == current, may_leave = !serves || !atomic_load(&rung_forced);
+    for (;;) {
         options->rung = (enum spawn_rung)rung;
         result = start_on(hub, block, options, ret_launch, ret_op);
-    } while (is_refusal(result, *ret_op, *block) && ++rung < SPAWN_RUNGS && !atomic_load(&rung_forced));
-    if (result == 0 && current >= least && !atomic_load(&rung_forced))
+        if (!is_refusal(result, *ret_op, *block) || rung == SPAWN_FORK || !may_leave)
+            break;
+        rung = serving_rung(rung + 1, &(*block)->request);
+    }
+    if (result == 0 && serves && may_leave)
         atomic_store(&rung_in_use, rung);
     return result;
 }
@@ -447,6 +460,16 @@ static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
 static PyObject *Launch_signal_group(LaunchObject *self, PyObject *argument)
 {
     return signal_with(self, argument, launch_signal_group);
+}
+
+/* kill_cgroup() -> whether the child was the first in a cgroup, and all in there has been killed. */
+static PyObject *Launch_kill_cgroup(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = launch_kill_cgroup(self->launch);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(result == 0);
 }
 
 static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *argument)
@@ -582,6 +605,7 @@ static PyMethodDef Launch_methods[] = {
     {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
     {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
     {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
+    {"kill_cgroup", (PyCFunction)Launch_kill_cgroup, METH_NOARGS, NULL},
     {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
     {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
     {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
@@ -993,6 +1017,7 @@ static int add_steps(PyObject *module)
         {"STEP_UNSHARE_FDS", SPAWN_UNSHARE_FDS},
         {"STEP_DETACHED", SPAWN_DETACHED},
         {"STEP_MAP_FD", SPAWN_MAP_FD},
+        {"STEP_CGROUP", SPAWN_CGROUP},
         {"STEP_CHROOT", SPAWN_CHROOT},
         {"STEP_CHDIR", SPAWN_CHDIR},
         {"STEP_UMASK", SPAWN_UMASK},

@@ -216,6 +216,8 @@ class OneShot(Attempts):
 
     def _signal(self, number: int) -> None:
         # PermissionError: it has become somebody else's.
+        if self._limits.kill_group and number == signal.SIGKILL and self._launch.kill_cgroup():
+            return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._limits.kill_group:
                 self._launch.signal_group(number)

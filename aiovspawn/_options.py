@@ -74,6 +74,9 @@ class Options(TypedDict, total=False):
     """{number in the program: file descriptor of the parent}, in any order, also exchanged; beside
     pass_fds, which keeps the numbers. 0, 1 and 2 where stdin, stdout and stderr are not given. dup2(2)."""
 
+    cgroup: str | bytes | os.PathLike[str] | os.PathLike[bytes] | File
+    """The directory of the control group that the program starts in, or a file descriptor of it.
+    It takes the vfork rung. cgroups(7); clone(2), CLONE_INTO_CGROUP."""
     chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
     """The root directory; the program, cwd and interpreter are looked for in there. chroot(2)."""
     controlling_terminal: bool

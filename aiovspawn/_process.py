@@ -7,7 +7,7 @@ import resource
 import signal
 import struct
 from asyncio.subprocess import SubprocessStreamProtocol
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ._launch import subprocess_exec, subprocess_shell
 
@@ -87,6 +87,18 @@ class Process(asyncio.subprocess.Process):
         keep_pidfd() not before the group is gone (Linux 6.9). See pidfd_send_signal(2).
         """
         self._own("signal_group")(sig)
+
+    def kill_tree(self) -> Literal["cgroup", "process group", "process"]:
+        """Kill the process and what it has started, as far as that can be told; returns what was killed.
+
+        "cgroup": everything in the control group that the process was started in, if
+        nobody was in there before (cgroup=; Linux 5.14), also after its exit. Else
+        "process group": what is in the group that the process leads, see
+        signal_group(). Else "process": it alone. Raises ProcessLookupError where there
+        is nothing to be killed. See cgroups(7), cgroup.kill.
+        """
+        result: Literal["cgroup", "process group", "process"] = self._own("kill_tree")()
+        return result
 
     def keep_pidfd(self, keep: bool = True) -> None:
         """Keep the pidfd after the exit, for as long as the process object lives.

@@ -105,7 +105,8 @@ async def run_process(
     terminate_grace: seconds between SIGTERM and SIGKILL when the process is ended; 0
         kills at once.
     kill_group: whether what is ended is the whole process group. The process leads
-        a new one unless start_new_session or process_group says otherwise.
+        a new one unless start_new_session or process_group says otherwise. With a
+        cgroup of its own, everything in that is killed.
     drain_timeout: seconds for which output is still read after the exit, if another
         process holds the pipe. None: without end, or 0.1 if the process was ended.
     bufsize: has no meaning here.

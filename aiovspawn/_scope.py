@@ -40,7 +40,8 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
     shell: whether /bin/sh runs it.
     terminate_grace: seconds that the process has at each of the steps that end it.
     kill_group: whether the whole process group is ended. The process leads a new one
-        unless start_new_session or process_group says otherwise.
+        unless start_new_session or process_group says otherwise. With a cgroup of its
+        own, everything in that is killed.
     kwds: those of create_subprocess_exec(): stdin, stdout, stderr, limit and so on.
 
     When the block is left, in whatever way, the process is ended and reaped and its
@@ -150,6 +151,9 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
     def _signal(self, number: int) -> None:
         # PermissionError: it has become somebody else's.
         with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._group and number == signal.SIGKILL:
+                self._process.kill_tree()
+                return
             if self._group:
                 self._process.signal_group(number)
                 return

@@ -92,14 +92,25 @@ def map_stdio(fd_map: Mapping[int, Any], stdio: tuple[Any, Any, Any]) -> tuple[A
     return stdin, stdout, stderr
 
 
-def _chroot(name: str, value: Any) -> Iterator[Step]:
+def _path(name: str, value: Any) -> bytes:
     try:
         path = os.fsencode(value)
     except TypeError:
         raise TypeError(f"{name} must be a path, not {value!r}") from None
     if b"\0" in path:
         raise ValueError(f"{name}: embedded null byte")
-    yield _core.STEP_CHROOT, 0, 0, path + b"\0"
+    return path + b"\0"
+
+
+def _cgroup(name: str, value: Any) -> Iterator[Step]:
+    if hasattr(value, "__index__") or hasattr(value, "fileno"):
+        yield _core.STEP_CGROUP, _fd(name, value), 0, None
+    else:
+        yield _core.STEP_CGROUP, -1, 0, _path(name, value)
+
+
+def _chroot(name: str, value: Any) -> Iterator[Step]:
+    yield _core.STEP_CHROOT, 0, 0, _path(name, value)
 
 
 def _ignore_signals(name: str, value: Any) -> Iterator[Step]:
@@ -203,7 +214,7 @@ def _sigmask(name: str, value: Any) -> Iterator[Step]:
 Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 
 # In the order in which the child does them.
-FIRST: dict[str, Maker] = {"fd_map": _fd_map, "chroot": _chroot}
+FIRST: dict[str, Maker] = {"fd_map": _fd_map, "cgroup": _cgroup, "chroot": _chroot}
 BEFORE_IDS: dict[str, Maker] = {
     "controlling_terminal": _controlling_terminal,
     "ignore_signals": _ignore_signals,

@@ -313,6 +313,16 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         """Send a signal to the process group that the child leads."""
         self._launch.signal_group(signal)
 
+    def kill_tree(self) -> str:
+        """Kill the child's own cgroup, else its process group, else the child; returns which."""
+        if self._launch.kill_cgroup():
+            return "cgroup"
+        with contextlib.suppress(ProcessLookupError):
+            self._launch.signal_group(signal.SIGKILL)
+            return "process group"
+        self._launch.send_signal(signal.SIGKILL)
+        return "process"
+
     def keep_pidfd(self, keep: bool = True) -> None:
         """Keep the pidfd after the exit, for signal_group(); or no longer than until then."""
         self._launch.keep_pidfd(keep)

@@ -15,6 +15,8 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->parent[i] = ends->child[i] = -1;
         ends->source[i] = SPAWN_INHERIT;
     }
+    ends->cgroup = -1;
+    ends->owns_cgroup = ends->moves_memory = false;
     ends->moved = NULL;
     ends->moved_count = 0;
 }
@@ -53,9 +55,16 @@ void spawn_close_own_child_ends(struct spawn_ends *ends)
             close_end(&ends->child[i]);
 }
 
+void spawn_close_cgroup(struct spawn_ends *ends)
+{
+    close_end(&ends->cgroup);
+    ends->owns_cgroup = false;
+}
+
 void spawn_close_ends(struct spawn_ends *ends)
 {
     spawn_close_child_ends(ends);
+    spawn_close_cgroup(ends);
     close_end(&ends->status_read);
     for (int i = 0; i < 3; i++)
         close_end(&ends->parent[i]);
@@ -149,6 +158,95 @@ static int open_stdio(const struct spawn_request *request, struct spawn_ends *en
     }
 }
 
+/* ---- cgroups(7) -------------------------------------------------------------- */
+
+/* Reads the beginning of a file of a cgroup; gives its length, or -errno. */
+static long read_cgroup_file(int directory, const char *name, char *ret_text, size_t size)
+{
+    int fd = (int)sys_openat(directory, name, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return fd;
+    long length = sys_read(fd, ret_text, size);
+    (void)sys_close(fd);
+    return length;
+}
+
+static bool has_cgroup_file(int directory, const char *name)
+{
+    int fd = (int)sys_openat(directory, name, O_PATH | O_CLOEXEC);
+    if (fd >= 0)
+        (void)sys_close(fd);
+    return fd >= 0;
+}
+
+/* A duplicate of the user's fd, who may close that at once. */
+static int open_cgroup_directory(const struct spawn_step *step)
+{
+    if (step->data)
+        return spawn_raise_fd((int)sys_openat(AT_FDCWD, step->data, O_PATH | O_DIRECTORY | O_CLOEXEC));
+    return (int)sys_fcntl((int)step->a, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
+}
+
+/* "populated 0" is the first line of the file in the hierarchy of version 2. */
+static bool is_unpopulated(int directory)
+{
+    static const char expected[] = "populated 0";
+    char text[sizeof expected - 1];
+    if (read_cgroup_file(directory, "cgroup.events", text, sizeof text) != (long)sizeof text)
+        return false;
+    for (size_t i = 0; i < sizeof text; i++)
+        if (text[i] != expected[i])
+            return false;
+    return true;
+}
+
+/* A pipe keeps the page of what has been read from it for the next write, which needs no
+ * memory then: a child in a cgroup that has none left can still tell why it failed. */
+static void warm_status_pipe(const struct spawn_ends *ends)
+{
+    char byte = 0;
+    if (sys_write(ends->status_write, &byte, 1) == 1)
+        (void)sys_read(ends->status_read, &byte, 1);
+}
+
+static int open_cgroup(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+{
+    const struct spawn_step *step = spawn_find_step(request, SPAWN_CGROUP);
+    if (!step)
+        return 0;
+    *ret_op = SPAWN_CGROUP;
+    int directory = open_cgroup_directory(step);
+    if (directory < 0)
+        return directory;
+    ends->cgroup = directory;
+    ends->owns_cgroup = is_unpopulated(directory);
+    /* cpusets(7): the pages and policies of whoever joins follow it. Not of who is born there. */
+    ends->moves_memory = has_cgroup_file(directory, "cpuset.mems");
+    warm_status_pipe(ends);
+    return 0;
+}
+
+/* Whether the OOM killer would take all of this cgroup at once, and with a child that shares
+ * our memory us: memory.oom.group of it or of one above. */
+bool spawn_cgroup_dies_as_one(const struct spawn_step *step)
+{
+    enum { DEPTH_MAX = 64 };
+    int directory = open_cgroup_directory(step);
+    bool found = false;
+    for (int depth = 0; depth < DEPTH_MAX && directory >= 0 && !found; depth++) {
+        char text = '0';
+        bool inside = has_cgroup_file(directory, "cgroup.procs");
+        found = inside && read_cgroup_file(directory, "memory.oom.group", &text, 1) == 1 && text == '1';
+        int above = inside ? (int)sys_openat(directory, "..", O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
+        (void)sys_close(directory);
+        directory = above;
+    }
+    close_end(&directory);
+    return found;
+}
+
+/* ---- fd_map ------------------------------------------------------------------ */
+
 /* Whether a step puts some fd to this number of the child's. */
 bool spawn_is_mapped(const struct spawn_request *request, int fd)
 {
@@ -204,6 +302,8 @@ static int move_sources(const struct spawn_request *request, struct spawn_ends *
     return 0;
 }
 
+/* ---- all of them ------------------------------------------------------------- */
+
 /* A closed fd of the user's must fail here: one of ours, opened next, could get
  * its number, and the child would then inherit that. */
 static int check_user_fds(const struct spawn_request *request, enum spawn_op *ret_op)
@@ -243,6 +343,8 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
         result = open_stdio(request, ends, i, ret_op);
     if (result >= 0)
         result = move_sources(request, ends, ret_op);
+    if (result >= 0)
+        result = open_cgroup(request, ends, ret_op);
     if (result < 0)
         spawn_close_ends(ends);
     return result < 0 ? result : 0;

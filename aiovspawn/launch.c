@@ -290,6 +290,7 @@ static void set_sharing_locked(struct launch *launch, bool shares)
 static void close_all_locked(struct launch *launch)
 {
     set_sharing_locked(launch, false);
+    spawn_close_cgroup(&launch->ends);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
     spawn_close_child_ends(&launch->ends);
@@ -556,6 +557,7 @@ static void close_locked(struct launch *launch)
     hub_unwatch_locked(launch, LAUNCH_STATUS);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
     launch->hub = NULL;
+    spawn_close_cgroup(&launch->ends);
     if (launch->verdict == LAUNCH_PENDING)
         launch->verdict = LAUNCH_EXECED; /* nobody will ask */
     settle_closed_locked(launch);
@@ -705,6 +707,8 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     spawn_close_child_ends(&launch->ends);
+    if (!launch->ends.owns_cgroup)
+        spawn_close_cgroup(&launch->ends);
     return result;
 }
 
@@ -877,6 +881,24 @@ int launch_signal_group(struct launch *launch, int sig)
             result = launch->exited ? -ESRCH : kill_by_pid_locked(launch, -launch->pid, sig);
     }
     launch_unlock();
+    return result;
+}
+
+/* Kills everything in the cgroup that the child was the first in, also what has left its
+ * process group, also after its exit. -ENOENT: there is no such cgroup. cgroups(7), Linux 5.14. */
+int launch_kill_cgroup(struct launch *launch)
+{
+    launch_lock();
+    int fd = -1, result = -ENOENT;
+    if (launch->ends.cgroup >= 0 && !launch_is_foreign(launch->generation)) {
+        fd = openat(launch->ends.cgroup, "cgroup.kill", O_WRONLY | O_CLOEXEC);
+        result = fd < 0 ? -errno : 0;
+    }
+    launch_unlock();
+    if (fd >= 0) {
+        result = write(fd, "1", 1) < 0 ? -errno : 0; /* waits for the cgroups' own lock */
+        (void)close(fd);
+    }
     return result;
 }
 

@@ -38,6 +38,9 @@
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x00001000
 #endif
+#ifndef CLONE_INTO_CGROUP
+#define CLONE_INTO_CGROUP 0x200000000ULL
+#endif
 #ifndef CLONE_CLEAR_SIGHAND
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
@@ -84,6 +87,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
     [SPAWN_MAP_FD] = "fd_map",
+    [SPAWN_CGROUP] = "cgroup",
     [SPAWN_CHROOT] = "chroot",
     [SPAWN_CHDIR] = "cwd",
     [SPAWN_UMASK] = "umask",
@@ -173,6 +177,17 @@ CHILD long child_oom_score(const char *text, long length)
     if (fd < 0)
         return fd;
     long result = sys_write(fd, text, (size_t)length);
+    (void)sys_close(fd);
+    return result;
+}
+
+/* cgroups(7): 0 stands for the writer. */
+CHILD long child_join_cgroup(int directory)
+{
+    int fd = (int)sys_openat(directory, "cgroup.procs", O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return fd;
+    long result = sys_write(fd, "0", 1);
     (void)sys_close(fd);
     return result;
 }
@@ -375,6 +390,8 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return step->a == step->b ? child_inherit((int)step->a) : sys_dup3((int)step->a, (int)step->b, 0);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
+    case SPAWN_CGROUP:
+        return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
     case SPAWN_CHROOT:
         return child_chroot(step->data);
     case SPAWN_CHDIR:
@@ -483,17 +500,33 @@ static unsigned long clone_flags(const struct spawn_child *child, enum spawn_run
     return rung_flags(rung) | (child->shares_fds ? CLONE_FILES : 0);
 }
 
-static long clone3_child(struct spawn_child *child, void *stack, size_t stack_size, int *ret_pidfd)
+/* cgroup: the directory of the one to be born in, or -1. */
+static long clone3_child(struct spawn_child *child, enum spawn_rung rung, int cgroup, void *stack,
+                         size_t stack_size, int *ret_pidfd)
 {
+    uint64_t more = cgroup < 0 ? CLONE_CLEAR_SIGHAND : CLONE_INTO_CGROUP;
     const struct sys_clone_args args = {
-        .flags = clone_flags(child, SPAWN_DETACHED_CLONE3) | CLONE_PIDFD | CLONE_CLEAR_SIGHAND,
+        .flags = clone_flags(child, rung) | CLONE_PIDFD | more,
         .pidfd = (uintptr_t)ret_pidfd,
         .child_tid = (uintptr_t)&child->in_memory,
         .exit_signal = SIGCHLD,
         .stack = (uintptr_t)stack,
         .stack_size = stack_size,
+        .cgroup = cgroup < 0 ? 0 : (uint64_t)cgroup,
     };
     return sys_clone3(&args, child_main, child);
+}
+
+/* Born in its cgroup; where that is refused, it joins it by itself, or is told why not. */
+static long clone_into_cgroup(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
+                              int *ret_pidfd)
+{
+    int directory = child->cgroup;
+    child->cgroup = -1;
+    long pid = clone3_child(child, rung, directory, stack, stack_size, ret_pidfd);
+    if (pid < 0)
+        child->cgroup = directory;
+    return pid;
 }
 
 /* CLONE_PIDFD is refused by some emulators that know pidfd_open. It is tried
@@ -521,12 +554,24 @@ static long clone_then_open(struct spawn_child *child, void *stack_top, enum spa
     return pid;
 }
 
+static bool is_for_now(long result)
+{
+    return result == -EAGAIN || result == -ENOMEM || result == -EMFILE || result == -ENFILE;
+}
+
 static long clone_child(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
                         int *ret_pidfd)
 {
     void *stack_top = (char *)stack + stack_size;
     if (rung == SPAWN_DETACHED_CLONE3)
-        return clone3_child(child, stack, stack_size, ret_pidfd);
+        return clone3_child(child, rung, -1, stack, stack_size, ret_pidfd);
+    if (child->cgroup >= 0) {
+        long pid = clone_into_cgroup(child, stack, stack_size, rung, ret_pidfd);
+        if (pid >= 0 || is_for_now(pid))
+            return pid;
+        if (rung == SPAWN_VFORK && child->moves_memory)
+            return -EINVAL;
+    }
     long pid = sys_clone(clone_flags(child, rung) | CLONE_PIDFD | SIGCHLD, stack_top, ret_pidfd, &child->in_memory,
                          child_main, child);
     if (pid == -EINVAL || pid == -EPERM || pid == -ENOSYS)
@@ -574,13 +619,4 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 enum spawn_rung spawn_best_rung(void)
 {
     return sys_on_valgrind() ? SPAWN_VFORK : SPAWN_DETACHED_CLONE3;
-}
-
-/* The first rung on which all steps are the child's alone. */
-enum spawn_rung spawn_least_rung(const struct spawn_request *request)
-{
-    for (size_t i = 0; i < request->step_count; i++)
-        if (request->steps[i].op == SPAWN_OOM_SCORE)
-            return SPAWN_VFORK;
-    return SPAWN_DETACHED_CLONE3;
 }

@@ -33,6 +33,7 @@ enum spawn_op {
     SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
     SPAWN_MAP_FD,      /* a: fd, b: its number in the program, >= 3 */
+    SPAWN_CGROUP,      /* in a request a: fd of the directory, or -1 and data: its path; never on a detached rung */
     SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
     SPAWN_UMASK,       /* a: mask */
@@ -111,6 +112,8 @@ enum { SPAWN_PATH_SIZE = 32 };
 struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
     int status_fd;      /* write end of the status pipe, close-on-exec */
+    int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
+    bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
     bool shares_fds;    /* until SPAWN_UNSHARE_FDS, CLONE_FILES */
     uint64_t mask;      /* the calling thread's signal mask */
     const char *const *programs;
@@ -128,6 +131,9 @@ struct spawn_ends {
     int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
     int child[3];  /* what we opened for the child's fd 0, 1, 2; with a shared table, a duplicate of what it inherits */
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
+    int cgroup;       /* the directory, O_PATH */
+    bool owns_cgroup; /* nobody was in it before */
+    bool moves_memory; /* see struct spawn_child */
     int *moved;    /* for each SPAWN_MAP_FD a duplicate of its fd, if another step would use up the number before */
     size_t moved_count; /* in the launch's block, so these are closed before that can be freed: at the clone */
 };
@@ -148,6 +154,8 @@ void spawn_ends_init(struct spawn_ends *ends);
 int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op);
 void spawn_close_child_ends(struct spawn_ends *ends);
 void spawn_close_ends(struct spawn_ends *ends);
+void spawn_close_cgroup(struct spawn_ends *ends);
+bool spawn_cgroup_dies_as_one(const struct spawn_step *step);
 int spawn_raise_fd(int fd);
 bool spawn_is_mapped(const struct spawn_request *request, int fd);
 
@@ -162,7 +170,8 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
                 int *ret_pidfd);
 
 enum spawn_rung spawn_best_rung(void);
-enum spawn_rung spawn_least_rung(const struct spawn_request *request);
+bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request);
+const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op);
 
 static inline bool spawn_is_detached(enum spawn_rung rung)
 {

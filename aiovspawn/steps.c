@@ -12,6 +12,23 @@
 #define MODE_REGULAR 0100000
 #define MODE_BLOCK 0060000
 
+const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op)
+{
+    for (size_t i = 0; i < request->step_count; i++)
+        if (request->steps[i].op == op)
+            return &request->steps[i];
+    return NULL;
+}
+
+/* Whether all steps of the request are the child's alone on this rung. */
+bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
+{
+    const struct spawn_step *cgroup = spawn_find_step(request, SPAWN_CGROUP);
+    if (spawn_is_detached(rung))
+        return !cgroup && !spawn_find_step(request, SPAWN_OOM_SCORE);
+    return rung == SPAWN_FORK || !cgroup || !spawn_cgroup_dies_as_one(cgroup);
+}
+
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
@@ -237,7 +254,11 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     child->programs = request->programs;
     child->argv = request->argv;
     child->envp = request->envp;
+    child->cgroup = ends->cgroup;
+    child->moves_memory = ends->moves_memory;
     child->step_count = 0;
+    if (ends->cgroup >= 0)
+        add_step(child, SPAWN_CGROUP, 0, 0); /* its directory is not kept by the closing */
     if (rung != SPAWN_DETACHED_CLONE3)
         add_step(child, SPAWN_RESET_HANDLERS, 0, 0);
     if (shares_fds) {
@@ -257,7 +278,7 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
             mask = step->data;
         else if (step->op == SPAWN_SECCOMP)
             filter = step;
-        else if (step->op != SPAWN_MAP_FD)
+        else if (step->op != SPAWN_MAP_FD && step->op != SPAWN_CGROUP)
             add_option(child, step);
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);

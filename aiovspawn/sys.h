@@ -36,10 +36,12 @@
 /* What a new child runs; it never returns, it execs or exits. */
 typedef void (*sys_child_main)(void *arg);
 
-/* struct clone_args of linux/sched.h, as first published (Linux 5.3). */
+/* struct clone_args of linux/sched.h. Older kernels than Linux 5.7 know the first 8 words,
+ * and take the rest if that is 0. */
 struct sys_clone_args {
     uint64_t flags, pidfd, child_tid, parent_tid;
     uint64_t exit_signal, stack, stack_size, tls;
+    uint64_t set_tid, set_tid_size, cgroup;
 };
 
 /* struct sigaction as the kernel has it on both architectures; libc's differs. */

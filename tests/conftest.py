@@ -206,6 +206,46 @@ def core_rung(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _on_rung(request.param)
 
 
+# ---- control groups ----------------------------------------------------------------
+
+
+def mount_point(kind: str, option: str) -> Path | None:
+    """Where a file system is mounted, writable by us."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, point, found, options, *_ = line.split()
+        if found == kind and option in options.split(",") and os.access(point, os.W_OK):
+            return Path(point)
+    return None
+
+
+def _cgroup_of(mount: Path | None) -> Iterator[Path]:
+    if mount is None:
+        pytest.skip("there is no such hierarchy of control groups, or it is not ours to write")
+    path = mount / f"aiovspawn-tests-{os.getpid()}"
+    path.mkdir()
+    yield path
+    deadline = time.monotonic() + 5
+    while path.exists():
+        try:
+            path.rmdir()
+        except OSError:  # somebody is on the way out
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.001)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A control group of version 2 with nobody in it."""
+    yield from _cgroup_of(mount_point("cgroup2", "rw"))
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """A control group of version 1 that has a memory controller."""
+    yield from _cgroup_of(mount_point("cgroup", "memory"))
+
+
 # ---- the peer -----------------------------------------------------------------
 
 

@@ -46,6 +46,7 @@ print(json.dumps({
     "cwd": os.getcwd(),
     "capabilities": {name: int(status["Cap" + name], 16) for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")},
     "fds": fds,
+    "cgroup": open("/proc/self/cgroup").read(),
 }))
 """.replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31")
 

@@ -14,12 +14,13 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import seccomp
-from conftest import compile_program
+from conftest import compile_program, mount_point
 from look import LOOK, NOBODY, PYTHON, ROOT, look
 
 import aiovspawn
@@ -36,6 +37,20 @@ OWN = {
 }
 SOURCE = os.open("/dev/zero", os.O_RDWR)
 """Something to be mapped."""
+
+
+CGROUPS = mount_point("cgroup2", "rw")
+CGROUP = f"{CGROUPS}/aiovspawn-idiom-{os.getpid()}"
+
+
+@pytest.fixture(scope="module")
+def idiom_cgroup() -> Iterator[None]:
+    if CGROUPS is None:
+        yield
+        return
+    os.mkdir(CGROUP)
+    yield
+    os.rmdir(CGROUP)
 
 
 def without(*capabilities: int, **sets: int) -> dict[str, int]:
@@ -275,6 +290,7 @@ SPACE = {
     "PR_CAPBSET_DROP": 24,
     "Capability": aiovspawn.Capability,
     "source": SOURCE,
+    "path": CGROUP,
     "SECCOMP_MODE_FILTER": 2,
     "code": REFUSING,
     "program": ctypes.byref(seccomp.Program(len(REFUSING) // 8, REFUSING)),
@@ -283,10 +299,12 @@ SPACE = {
 
 
 @pytest.mark.parametrize(("code", "option"), idioms())
-async def test_the_documented_idioms(code: str, option: str) -> None:
+async def test_the_documented_idioms(idiom_cgroup: None, code: str, option: str) -> None:
     """Under subprocess with the preexec_fn, and here with the option, children see the same."""
     if option.startswith("drop_capabilities") and not ROOT:
         pytest.skip("capabilities are root's to drop")
+    if option.startswith("cgroup") and CGROUPS is None:
+        pytest.skip("there are no control groups that are ours to write")
     command = [PYTHON, "-I", "-S", "-c", LOOK]
     keywords = eval(f"dict({option})", SPACE)
 
@@ -315,7 +333,7 @@ async def test_the_documented_idioms(code: str, option: str) -> None:
 
 
 def test_the_table_is_read() -> None:
-    assert len(idioms()) == 20
+    assert len(idioms()) == 21
 
 
 def test_each_option_is_documented() -> None:
@@ -368,6 +386,10 @@ KERNEL_REFUSES: list[tuple[dict[str, Any], int]] = [
     ({"fd_map": {9: 2**20 + 5}}, errno.EBADF),
     ({"fd_map": {2**20 + 5: 2}}, errno.EBADF),
     ({"ambient_capabilities": [63]}, errno.EINVAL),
+    ({"cgroup": "/sys/fs/cgroup/nonexistent"}, errno.ENOENT),
+    ({"cgroup": "/usr"}, errno.ENOENT),
+    ({"cgroup": "/etc/passwd"}, errno.ENOTDIR),
+    ({"cgroup": 2**20 + 5}, errno.EBADF),
     ({"cpu_affinity": [60000]}, errno.EINVAL),
     ({"scheduler": (77, 0)}, errno.EINVAL),
     ({"scheduler": (os.SCHED_OTHER, 5)}, errno.EINVAL),
@@ -384,6 +406,7 @@ async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], 
 
 
 UNPRIVILEGED: list[dict[str, Any]] = [
+    *([{"cgroup": str(CGROUPS)}] if CGROUPS else []),
     {"drop_capabilities": {0}},
     {"ambient_capabilities": {0}},
     {"seccomp": bytes.fromhex("060000000000ff7f")},
@@ -470,6 +493,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"drop_capabilities": [64]}, ValueError),
     ({"ambient_capabilities": [-1]}, ValueError),
     ({"ambient_capabilities": 0.5}, TypeError),
+    ({"cgroup": 1.5}, TypeError),
+    ({"cgroup": -1}, ValueError),
+    ({"cgroup": "a\0b"}, ValueError),
     ({"nicer": 1}, TypeError),
 ]
 

@@ -1,0 +1,206 @@
+"""Children in control groups of their own, and the end of all that is in there."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CORE_RUNGS
+from look import NOBODY, ROOT, look
+
+import aiovspawn
+from aiovspawn import PIPE, _core
+
+TREE = "setsid sleep 1000 & setsid sh -c 'sleep 1000 & sleep 1000' & echo started; wait"
+"""What leaves its process group."""
+
+
+def rungs() -> dict[str, int]:
+    counts: dict[str, int] = _core.counts()["rungs"]
+    return counts
+
+
+def is_populated(cgroup: Path) -> bool:
+    return "populated 1" in (cgroup / "cgroup.events").read_text()
+
+
+async def until_empty(cgroup: Path) -> None:
+    while is_populated(cgroup):
+        await asyncio.sleep(0.001)
+
+
+def descriptor(cgroup: Path) -> Any:
+    return os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@pytest.mark.parametrize("kind", [str, os.fsencode, Path, descriptor])
+async def test_child_is_born_in_it(core_rung: str, cgroup: Path, kind: Any) -> None:
+    given = kind(cgroup)
+    rung, before = _core.rung(), rungs()
+    seen = await look(cgroup=given)
+    assert f"0::/{cgroup.name}\n" in seen["cgroup"]
+    used = [name for name, count in rungs().items() if count != before[name]]
+    assert used == ["vfork" if rung.startswith("detached") else rung]
+    assert await look(cgroup=cgroup, nice=1, umask=0o77) == await look(cgroup=cgroup, nice=1, umask=0o77)
+    await look()
+    assert _core.rung() == rung
+    if isinstance(given, int):
+        os.close(given)
+
+
+async def test_fd_may_be_closed_at_once(cgroup: Path) -> None:
+    directory = descriptor(cgroup)
+    process = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=directory)
+    os.close(directory)
+    assert process.kill_tree() == "cgroup"
+    assert await process.wait() == -signal.SIGKILL
+
+
+async def test_version_1(core_rung: str, memory_cgroup: Path) -> None:
+    seen = await look(cgroup=memory_cgroup)
+    assert f":memory:/{memory_cgroup.name}\n" in seen["cgroup"]
+
+
+def test_without_clone3(cgroup: Path, python: list[str]) -> None:
+    """As in a container whose filter refuses it: the child joins by itself."""
+    code = f"""
+import asyncio, aiovspawn, seccomp
+seccomp.install("clone3-enosys")
+async def main():
+    done = await aiovspawn.run_process(["cat", "/proc/self/cgroup"], stdout=-1, cgroup={str(cgroup)!r})
+    assert b"0::/{cgroup.name}" in done.stdout
+    assert aiovspawn._core.counts()["rungs"]["vfork"] == 1
+asyncio.run(main())
+"""
+    subprocess.run([*python, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+async def test_user_joins_before_the_privilege_is_gone(core_rung: str, cgroup: Path) -> None:
+    if not ROOT:
+        pytest.skip("takes root to become nobody")
+    seen = await look(cgroup=cgroup, user=NOBODY)
+    assert f"0::/{cgroup.name}\n" in seen["cgroup"]
+    assert seen["uid"] == NOBODY
+
+
+@pytest.mark.parametrize("name", ["", "inner", "inner/innermost"])
+async def test_forked_where_the_oom_killer_takes_all(core_rung: str, tmp_path: Path, name: str) -> None:
+    """memory.oom.group of the cgroup or of one above. These are only files: who joins writes to one."""
+    for folder in ("", "inner", "inner/innermost"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "cgroup.procs").touch()
+        (tmp_path / folder / "memory.oom.group").write_text("0\n")
+    before = rungs()
+    await aiovspawn.run_process(["/bin/true"], cgroup=tmp_path / name)
+    assert rungs()["fork"] == before["fork"] + (_core.rung() == "fork")
+    assert (tmp_path / name / "cgroup.procs").read_text() == "0"
+    (tmp_path / "memory.oom.group").write_text("1\n")
+    before = rungs()
+    await aiovspawn.run_process(["/bin/true"], cgroup=tmp_path / name)
+    assert rungs()["fork"] == before["fork"] + 1
+
+
+@pytest.mark.parametrize("rung", CORE_RUNGS)
+def test_parent_survives_a_cgroup_without_memory(memory_cgroup: Path, python: list[str], rung: str) -> None:
+    """The parent's memory is far above the limit of the cgroup, and must not count."""
+    (memory_cgroup / "memory.limit_in_bytes").write_text("262144")
+    code = f"""
+import asyncio, errno, signal, aiovspawn
+heap = bytearray(200 * 1024 * 1024)
+async def main():
+    ends = []
+    for _ in range(50):
+        try:
+            done = await aiovspawn.run_process(["head", "-c", "9M", "/dev/zero"], stdout=-1,
+                                               cgroup={str(memory_cgroup)!r})
+            ends.append(done.returncode)
+        except OSError as exc:
+            ends.append(exc.errno)
+    # E2BIG: the arguments did not fit into what is left.
+    assert {{*ends}} <= {{-signal.SIGKILL, errno.ENOMEM, errno.E2BIG, errno.EFAULT}}, ends
+asyncio.run(main())
+"""
+    environment = os.environ | {"AIOVSPAWN_RUNG": rung}
+    subprocess.run([*python, "-c", code], check=True, env=environment, timeout=60)
+
+
+async def test_kill_tree_kills_the_cgroup(core_rung: str, cgroup: Path) -> None:
+    process = await aiovspawn.create_subprocess_shell(TREE, cgroup=cgroup, stdout=PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
+    assert process.kill_tree() == "cgroup"
+    assert await process.wait() == -signal.SIGKILL
+    await until_empty(cgroup)
+    assert await process.stdout.read() == b""
+
+
+async def test_kill_tree_after_the_exit(core_rung: str, cgroup: Path) -> None:
+    process = await aiovspawn.create_subprocess_shell("setsid sleep 1000 &", cgroup=cgroup)
+    assert await process.wait() == 0
+    assert is_populated(cgroup)
+    assert process.kill_tree() == "cgroup"
+    await until_empty(cgroup)
+
+
+async def test_kill_tree_spares_a_cgroup_of_others(core_rung: str, cgroup: Path) -> None:
+    first = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
+    second = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
+    assert second.kill_tree() == "process"
+    assert await second.wait() == -signal.SIGKILL
+    assert first.returncode is None
+    assert first.kill_tree() == "cgroup"
+    assert await first.wait() == -signal.SIGKILL
+
+
+async def test_kill_tree_without_a_cgroup(rung: str) -> None:
+    process = await aiovspawn.create_subprocess_shell(
+        "sleep 1000 & echo started; wait", process_group=0, stdout=PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    assert process.kill_tree() == "process group"
+    assert await process.wait() == -signal.SIGKILL
+    assert await process.stdout.read() == b""
+    process = await aiovspawn.create_subprocess_exec("sleep", "1000")
+    assert process.kill_tree() == "process"
+    assert await process.wait() == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        process.kill_tree()
+
+
+async def test_scope_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
+    async with aiovspawn.open_process(
+        TREE, shell=True, cgroup=cgroup, stdout=PIPE, kill_group=True, terminate_grace=0
+    ) as process:
+        assert process.stdout is not None
+        await process.stdout.readline()
+    await until_empty(cgroup)
+
+
+async def test_run_process_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
+    run = asyncio.ensure_future(
+        aiovspawn.run_process(TREE, shell=True, cgroup=cgroup, stdout=PIPE, kill_group=True)
+    )
+    while len((cgroup / "cgroup.procs").read_text().split()) < 4:
+        await asyncio.sleep(0.001)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await until_empty(cgroup)
+
+
+async def test_cgroup_is_closed_with_the_process(cgroup: Path) -> None:
+    await aiovspawn.run_process(["/bin/true"])  # the hub's fd
+    before = set(os.listdir("/proc/self/fd"))
+    process = await aiovspawn.create_subprocess_exec("/bin/true", cgroup=cgroup)
+    await process.wait()
+    assert len(set(os.listdir("/proc/self/fd")) - before) == 1
+    process._transport.close()
+    del process
+    await asyncio.sleep(0)
+    assert set(os.listdir("/proc/self/fd")) == before
