@@ -75,9 +75,10 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
         if self._group and ladder.hub_for(asyncio.get_running_loop(), self._keywords) is None:
             raise NotImplementedError("kill_group needs the fast path, which is not to be had here")
         create = create_subprocess_shell if self._shell else create_subprocess_exec
-        self._process = await create(*self._args, **self._keywords)
-        if self._group:
-            self._process.keep_pidfd()
+        keywords = self._keywords
+        if self._group:  # from the beginning: the leader may be gone before there is a process object
+            keywords = keywords | {"keeps_pidfd": True}
+        self._process = await create(*self._args, **keywords)
         return self._process
 
     async def __aexit__(

@@ -55,12 +55,14 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         protocol: asyncio.SubprocessProtocol,
         request: Request,
         extra: dict[str, Any] | None = None,
+        keeps_pidfd: bool = False,
     ) -> None:
         asyncio.SubprocessTransport.__init__(self)
         Attempts.__init__(self, hub, loop, request, None)
         self._info: dict[str, Any] = dict(extra or {})
         self.context = contextvars.copy_context()
         self._protocol: asyncio.SubprocessProtocol | None = protocol
+        self._keeps_pidfd = keeps_pidfd
         self._closed = True  # until there is something to close
         self._state = State.LAUNCHING
         self._returncode: int | None = None
@@ -73,6 +75,8 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def _attempted(self) -> None:
         launch, request = self._launch, self._request
+        if self._keeps_pidfd:
+            launch.keep_pidfd(True)
         self._pipes: dict[int, ReadPipe | WritePipe] = {
             fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
             for fd, plan in enumerate(request.stdio)
@@ -387,15 +391,18 @@ async def start_subprocess(
     /,
     *,
     extra: dict[str, Any] | None = None,
+    keeps_pidfd: bool = False,
     **keywords: Any,
 ) -> tuple[SubprocessTransport, P]:
     """Launch a child and wait until its program runs; raise as subprocess does if it does not.
 
-    args, keywords, by_popen: those of make_request(). Cancelled, it kills the child
+    args, keywords, by_popen: those of make_request(). extra: for get_extra_info(). keeps_pidfd:
+    as by keep_pidfd(), from the beginning. Cancelled, it kills the child
     and waits until that is reaped.
     """
     protocol = protocol_factory()
-    transport = SubprocessTransport(hub, loop, protocol, make_request(args, by_popen, **keywords), extra)
+    request = make_request(args, by_popen, **keywords)
+    transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd)
     try:
         await transport.verdict
     except GeneratorExit:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,17 @@ async def test_group_goes_with_the_block_also_when_its_leader_went_before() -> N
     assert process.pidfd is None
 
 
+async def test_group_goes_also_when_its_leader_is_very_quick() -> None:
+    """Its exec and its exit are heard of in one turn of the loop, before there is a process object."""
+    for _ in range(20):
+        asyncio.get_running_loop().call_soon(time.sleep, 0.005)
+        async with open_process("sleep 1000 & echo $!", shell=True, stdout=PIPE, kill_group=True) as process:
+            assert process.stdout is not None
+            other = int(await process.stdout.readline())
+            assert process.pidfd is not None
+        await until_dead(other)
+
+
 async def test_without_kill_group_the_others_live_on() -> None:
     async with open_process("sleep 1000 & echo $!", shell=True, stdout=PIPE) as process:
         assert process.stdout is not None
@@ -122,7 +134,7 @@ async def test_group_of_a_process() -> None:
     )
     assert process.stdout is not None
     other = int(await process.stdout.readline())
-    while b"sleep" not in Path(f"/proc/{other}/cmdline").read_bytes():
+    while not Path(f"/proc/{other}/cmdline").read_bytes().startswith(b"sleep\0"):
         await asyncio.sleep(0)  # before its exec it has the shell's trap
     process.terminate_group()
     assert await process.wait() == 4
