@@ -1,8 +1,10 @@
 """One launch, tried again where that helps: of what waits for it, the base class.
 
-Two failures say nothing of the program. ETXTBSY: an older launch, which had not
-exec'd yet, held the program's file open for writing. And a child that shares the
-fd table may not get one of its own, nor its ends in there: then the table is copied.
+Some failures say nothing of the program. ETXTBSY: an older launch, which had not
+exec'd yet, held the program's file open for writing. EACCES of oom_score_adj: one that
+changes ids hid our memory, and with it the child's own files in /proc. And a child that
+shares the fd table may not get one of its own, nor its ends in there: then the table
+is copied.
 """
 
 from __future__ import annotations
@@ -118,11 +120,11 @@ class Attempts:
         return stdin, stdout, stderr
 
     def _was_busy(self, step: int, error: int) -> bool:
-        """Whether an older launch may have held the program's file open for writing."""
+        """Whether an older launch may have been in the way."""
         if self._retries == 0:
             self._first_id = self._launch.id
             self._contended = self._launch.contended
-        busy = step == _core.STEP_EXEC and error == errno.ETXTBSY
+        busy = (step, error) in ((_core.STEP_EXEC, errno.ETXTBSY), (_core.STEP_OOM_SCORE, errno.EACCES))
         return busy and self._contended and self._retries < len(RETRY_DELAYS)
 
     def _call_retry(self, delay: float, waited: float) -> None:

@@ -66,8 +66,8 @@ class Options(TypedDict, total=False):
     """Keywords of create_subprocess_exec(), create_subprocess_shell(), run_process(), open_process()
     and of our loops' subprocess_exec() and subprocess_shell(), beside those of subprocess.Popen.
 
-    The parent is not changed by any of them. The child does them in this order: chroot, cwd,
-    umask, signals, session; all below up to rlimits; groups and user; the rest.
+    The parent is not changed by any of them. The child does them in this order: all up to chroot;
+    cwd, umask, signals, session; all up to rlimits; groups and user; the rest.
     """
 
     fd_map: Mapping[int, File]
@@ -77,6 +77,8 @@ class Options(TypedDict, total=False):
     cgroup: str | bytes | os.PathLike[str] | os.PathLike[bytes] | File
     """The directory of the control group that the program starts in, or a file descriptor of it.
     It takes the vfork rung. cgroups(7); clone(2), CLONE_INTO_CGROUP."""
+    oom_score_adj: int
+    """-1000 (never killed when memory is short) to 1000 (first). proc(5). It takes the vfork rung."""
     chroot: str | bytes | os.PathLike[str] | os.PathLike[bytes]
     """The root directory; the program, cwd and interpreter are looked for in there. chroot(2)."""
     controlling_terminal: bool
@@ -92,8 +94,6 @@ class Options(TypedDict, total=False):
     """(os.SCHED_..., priority). sched_setscheduler(2)."""
     cpu_affinity: Iterable[int]
     """The CPUs to run on, by number. os.sched_setaffinity()."""
-    oom_score_adj: int
-    """-1000 (never killed when memory is short) to 1000 (first). proc(5). It takes the vfork rung."""
     personality: int
     """Execution domain and flags. personality(2)."""
     timer_slack: int
@@ -123,8 +123,9 @@ class Options(TypedDict, total=False):
 NAMES = tuple(Options.__annotations__)
 
 
-def reject_options(keywords: Mapping[str, Any], reason: str) -> None:
-    """Say that an option is only for launches of our own."""
+def reject_options(keywords: dict[str, Any], reason: str) -> None:
+    """Say that an option is only for launches of our own; take those out that ask for nothing."""
     for name in NAMES:
-        if keywords.get(name) is not None:
+        if keywords.get(name) not in (None, False):
             raise NotImplementedError(f"{name} {reason}")
+        keywords.pop(name, None)

@@ -29,7 +29,8 @@ BAD_FD = -5
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 DEFAULT_STEPS: tuple[Step, ...] = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)
-MAX_ID = 2**32 - 1
+MAX_ID = 2**32 - 2
+"""One more would be -1, with which setreuid(2) leaves an id alone."""
 MAX_GROUPS = 65536
 
 
@@ -355,9 +356,12 @@ def launch_error(request: Request, step: int, error: int) -> OSError:
         filename = request.executable
     elif step == _core.STEP_CHDIR:
         filename = request.cwd
+    elif step in (_core.STEP_CHROOT, _core.STEP_CGROUP):
+        filename = next(
+            (os.fsdecode(data[:-1]) for op, _, _, data in request.steps if op == step and data), None
+        )
     message = os.strerror(error)
     exception = OSError(error, message) if filename is None else OSError(error, message, filename)
-    exception.add_note(
-        f"aiovspawn: the launch of {request.executable!r} failed at step {_core.STEP_NAMES[step]!r}"
-    )
+    name = _core.STEP_NAMES[step] if 0 <= step < len(_core.STEP_NAMES) else f"number {step}"
+    exception.add_note(f"aiovspawn: the launch of {request.executable!r} failed at step {name!r}")
     return exception

@@ -7,6 +7,7 @@ value ValueError, naming the option. What the kernel refuses raises OSError at t
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,9 @@ NO_OPTIONS = CheckedOptions()
 LONG_MAX = 2**63 - 1
 C_INT_MAX = 2**31 - 1
 STDERR_FD = 2
+RLIMIT = struct.Struct("QQ")
+RLIMIT_NICE, RLIMIT_RTPRIO = 13, 14
+"""Of asm-generic/resource.h; the resource module lacks them."""
 LIBC_SIGNALS = (32, 33)
 """With which glibc's threads talk to each other: nptl(7)."""
 BPF_INSTRUCTION_SIZE = 8
@@ -127,11 +131,42 @@ def _limit(name: str, value: Any) -> int:
 def _rlimits(name: str, value: Any) -> Iterator[Step]:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must map resources to (soft, hard), not {value!r}")
-    for resource, limits in value.items():
+    for number, limits in value.items():
         soft, hard = (_limit(name, limit) for limit in _pair(name, limits))
         if soft > hard:
-            raise ValueError(f"{name}: the soft limit of {resource!r} is above the hard one: {limits!r}")
-        yield _core.STEP_RLIMIT, _integer(name, resource, 0, 15), 0, struct.pack("QQ", soft, hard)
+            raise ValueError(f"{name}: the soft limit of {number!r} is above the hard one: {limits!r}")
+        yield _core.STEP_RLIMIT, _integer(name, number, 0, 15), 0, RLIMIT.pack(soft, hard)
+
+
+def _raised_rlimits(name: str, value: Any) -> Iterator[Step]:
+    """Those that let nice and scheduler do more come before these too."""
+    for step in _rlimits(name, value):
+        assert step[3] is not None
+        if step[1] in (RLIMIT_NICE, RLIMIT_RTPRIO) and RLIMIT.unpack(step[3])[0] > _own_limits(step[1])[0]:
+            yield step
+
+
+def _own_limits(number: int) -> tuple[int, int]:
+    soft, hard = resource.getrlimit(number)
+    return soft % 2**64, hard % 2**64
+
+
+def _with_process_limit_last(
+    before_ids: tuple[Step, ...], last: tuple[Step, ...]
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """RLIMIT_NPROC counts the new user's processes: exceeded at the change, it would fail the exec.
+
+    Set after it, as in a preexec_fn; a hard limit that only the privileged may raise, before too.
+    """
+    for step in before_ids:
+        if step[0] == _core.STEP_RLIMIT and step[1] == resource.RLIMIT_NPROC:
+            assert step[3] is not None
+            hard = RLIMIT.unpack(step[3])[1]
+            rest = tuple(other for other in before_ids if other is not step)
+            if hard > _own_limits(resource.RLIMIT_NPROC)[1]:
+                rest += ((step[0], step[1], 0, RLIMIT.pack(hard, hard)),)
+            return rest, (step, *last)
+    return before_ids, last
 
 
 def _nice(name: str, value: Any) -> Iterator[Step]:
@@ -214,7 +249,12 @@ def _sigmask(name: str, value: Any) -> Iterator[Step]:
 Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 
 # In the order in which the child does them.
-FIRST: dict[str, Maker] = {"fd_map": _fd_map, "cgroup": _cgroup, "chroot": _chroot}
+FIRST: dict[str, Maker] = {
+    "fd_map": _fd_map,
+    "cgroup": _cgroup,
+    "oom_score_adj": _oom_score_adj,  # its file is not looked for in another root
+    "chroot": _chroot,
+}
 BEFORE_IDS: dict[str, Maker] = {
     "controlling_terminal": _controlling_terminal,
     "ignore_signals": _ignore_signals,
@@ -222,7 +262,6 @@ BEFORE_IDS: dict[str, Maker] = {
     "ioprio": _ioprio,
     "scheduler": _scheduler,
     "cpu_affinity": _cpu_affinity,
-    "oom_score_adj": _oom_score_adj,
     "personality": _flag_word(_core.STEP_PERSONALITY, 2**32 - 2),
     "timer_slack": _flag_word(_core.STEP_TIMER_SLACK, LONG_MAX),
     "securebits": _flag_word(_core.STEP_SECUREBITS, 2**32 - 1),
@@ -244,10 +283,14 @@ def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
     for name in options:
         if name not in NAMES:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-    before_ids = _steps(BEFORE_IDS, options)
+    before_ids, last = _steps(BEFORE_IDS, options), _steps(LAST, options)
+    if options.get("rlimits") is not None:
+        before_ids = (*_raised_rlimits("rlimits", options["rlimits"]), *before_ids)
+        if changes_user:
+            before_ids, last = _with_process_limit_last(before_ids, last)
     if changes_user and options.get("ambient_capabilities") is not None:
         before_ids += ((_core.STEP_KEEP_CAPABILITIES, 0, 0, None),)
-    return CheckedOptions(_steps(FIRST, options), before_ids, _steps(LAST, options))
+    return CheckedOptions(_steps(FIRST, options), before_ids, last)
 
 
 def _steps(makers: dict[str, Maker], options: dict[str, Any]) -> tuple[Step, ...]:

@@ -178,16 +178,14 @@ void block_free(struct block *block)
 
 /* Whoever has the child's new uid could open our memory through the child's
  * /proc entry, if it is dumpable, until the child has exec'd; and the child's
- * setuid(2) changes that flag of the shared memory anyway. So it is cleared
- * before the first such clone and set again after the last exec. prctl(2). */
+ * setuid(2) changes that flag of the shared memory anyway. So the first such child
+ * clears it, and it is set again after the last one's exec. prctl(2). */
 static void hide_memory_locked(struct launch *launch)
 {
     launch->hides_memory = true;
     hidings++;
-    if (hiding++ == 0) {
+    if (hiding++ == 0)
         visible_before = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
-        (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-    }
 }
 
 static void show_memory_locked(struct launch *launch)
@@ -202,14 +200,6 @@ static void show_memory_locked(struct launch *launch)
 bool launch_hides_memory_locked(void)
 {
     return hiding > 0;
-}
-
-static bool changes_ids(const struct spawn_request *request)
-{
-    for (size_t i = 0; i < request->step_count; i++)
-        if (request->steps[i].op == SPAWN_SETUID || request->steps[i].op == SPAWN_SETGID)
-            return true;
-    return false;
 }
 
 /* ---- the table ---------------------------------------------------------------- */
@@ -522,11 +512,14 @@ static void settle_closed_locked(struct launch *launch)
     launch_close_slot_locked(launch, LAUNCH_STATUS);
 }
 
+/* And shows our memory again, where no loop has looked after the launch that hid it. */
 static size_t reap_orphans_locked(void)
 {
-    struct launch *next, *launch = counts.orphans ? first_launch : NULL;
+    struct launch *next, *launch = counts.orphans || hiding ? first_launch : NULL;
     for (; launch; launch = next) {
         next = launch->next;
+        if (launch->hides_memory && launch->detached)
+            (void)launch_left_memory_locked(launch);
         if (!launch->closed || launch->pidfd < 0)
             continue;
         settle_closed_locked(launch);
@@ -605,7 +598,7 @@ static int watch_ends_locked(struct launch *launch)
 static int clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
 {
     bool waits = !spawn_is_detached(rung);
-    if (changes_ids(&block->request) && rung != SPAWN_FORK)
+    if (rung != SPAWN_FORK && spawn_hides_memory(&block->request))
         hide_memory_locked(launch);
     launch->contended = counts.in_flight > 1;
     if (waits)
@@ -656,7 +649,7 @@ static bool has_fds_to_spare_locked(const struct launch *launch)
 static bool shares_fds_locked(const struct launch *launch, const struct block *block, enum spawn_rung rung)
 {
     return spawn_is_detached(rung) && launch->ends.status_write >= share_fds_from && hiding == 0 &&
-           !changes_ids(&block->request) && spawn_can_share_fds(&block->request) &&
+           !spawn_hides_memory(&block->request) && spawn_can_share_fds(&block->request) &&
            has_fds_to_spare_locked(launch) && sharing_works_locked(rung);
 }
 

@@ -158,7 +158,8 @@ CHILD long child_chroot(const char *path)
     return result < 0 ? result : sys_call(__NR_chdir, (long)"/", 0, 0, 0, 0, 0);
 }
 
-/* As nice(2): the sum is put between the bounds. The system call answers 20 - nice. */
+/* As nice(2): the sum is put between the bounds, and the refusal is EPERM. The system call
+ * answers 20 - nice. */
 CHILD long child_nice(long increment)
 {
     long answer = sys_call(__NR_getpriority, PRIO_PROCESS, 0, 0, 0, 0, 0);
@@ -166,7 +167,8 @@ CHILD long child_nice(long increment)
         return answer;
     long nice = 20 - answer + increment;
     nice = nice < -20 ? -20 : nice > 19 ? 19 : nice;
-    return sys_call(__NR_setpriority, PRIO_PROCESS, 0, nice, 0, 0, 0);
+    answer = sys_call(__NR_setpriority, PRIO_PROCESS, 0, nice, 0, 0, 0);
+    return answer == -EACCES ? -EPERM : answer;
 }
 
 /* proc(5). The kernel gives the number to all that share our memory, but for a child that
@@ -196,7 +198,7 @@ CHILD long child_join_cgroup(int directory)
 CHILD long child_take_terminal(void)
 {
     long result = -ENOTTY;
-    for (int fd = 0; fd <= SPAWN_STDERR_FD && (result == -ENOTTY || result == -EBADF); fd++)
+    for (int fd = 0; fd <= SPAWN_STDERR_FD && (result == -ENOTTY || result == -EBADF || result == -EINVAL); fd++)
         result = sys_call(__NR_ioctl, fd, TIOCSCTTY, 0, 0, 0, 0);
     return result;
 }
@@ -416,7 +418,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_SETUID:
         return sys_call(__NR_setreuid, step->a, step->a, 0, 0, 0, 0);
     case SPAWN_HIDE_MEMORY:
-        /* With fs.suid_dumpable=1 the kernel has just opened our shared memory to the new uid. */
+        /* Again after a change of ids: with fs.suid_dumpable=1 the kernel has just opened our shared memory. */
         return sys_call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0, 0);
     case SPAWN_RLIMIT:
         return sys_call(__NR_prlimit64, 0, step->a, (long)step->data, 0, 0, 0);
@@ -468,8 +470,8 @@ CHILD void child_main(void *arg)
     int status_fd = child->status_fd;
     for (const struct spawn_step *step = child->steps;; step++) {
         long result = child_step(child, step);
-        if (result < 0) {
-            struct spawn_record record = {.op = (int32_t)step->op, .error = (int32_t)-result};
+        if (result < 0 || step->op == SPAWN_EXEC) { /* a seccomp filter can let a call do nothing and answer 0 */
+            struct spawn_record record = {.op = (int32_t)step->op, .error = result < 0 ? (int32_t)-result : ENOSYS};
             (void)sys_write(status_fd, &record, sizeof record);
             sys_exit_group(SPAWN_FAILED_EXIT);
         }

@@ -171,6 +171,7 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 
 enum spawn_rung spawn_best_rung(void);
 bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request);
+bool spawn_hides_memory(const struct spawn_request *request);
 const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op);
 
 static inline bool spawn_is_detached(enum spawn_rung rung)

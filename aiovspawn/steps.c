@@ -34,7 +34,7 @@ size_t spawn_step_bound(const struct spawn_request *request)
 {
     size_t kept = request->pass_fd_count + request->step_count + 4; /* with 3 sources and the status pipe */
     size_t unsharing = 1 + 1 + 3 + 1;
-    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 2 * request->step_count + 2;
+    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 3 * request->step_count + 2;
 }
 
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
@@ -235,12 +235,40 @@ static void add_unsharing(const struct spawn_request *request, const struct spaw
             add_step(child, SPAWN_STDIO, SPAWN_FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
 }
 
+/* Whether a step is the change of an id that we do not have as real, effective and saved one. */
+static bool changes_id(const struct spawn_step *step)
+{
+    uint32_t ids[3];
+    if (step->op != SPAWN_SETUID && step->op != SPAWN_SETGID)
+        return false;
+    long call = step->op == SPAWN_SETUID ? __NR_getresuid : __NR_getresgid;
+    if (sys_call(call, (long)&ids[0], (long)&ids[1], (long)&ids[2], 0, 0, 0) < 0)
+        return true;
+    uint32_t id = (uint32_t)step->a;
+    return ids[0] != id || ids[1] != id || ids[2] != id;
+}
+
+/* Whether others must not see our memory through the child: one who has its new ids, or, after
+ * a filter has killed it, who reads its core file. */
+bool spawn_hides_memory(const struct spawn_request *request)
+{
+    for (size_t i = 0; i < request->step_count; i++)
+        if (changes_id(&request->steps[i]) || request->steps[i].op == SPAWN_SECCOMP)
+            return true;
+    return false;
+}
+
+/* Hidden by the child, before and after: what comes earlier may need its /proc entry, which
+ * is root's as long as our memory is hidden. */
 static void add_option(struct spawn_child *child, const struct spawn_step *step)
 {
-    child->steps[child->step_count++] = *step;
-    if (step->op == SPAWN_SETGID || step->op == SPAWN_SETUID)
+    bool hides = changes_id(step) || step->op == SPAWN_SECCOMP;
+    if (hides)
         add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
-    else if (step->op == SPAWN_PARENT_DEATH)
+    child->steps[child->step_count++] = *step;
+    if (hides && step->op != SPAWN_SECCOMP)
+        add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
+    if (step->op == SPAWN_PARENT_DEATH)
         child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
 }
 
@@ -284,6 +312,6 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;
     if (filter)
-        child->steps[child->step_count++] = *filter; /* it may refuse all of the above */
+        add_option(child, filter); /* it may refuse all of the above */
     add_step(child, SPAWN_EXEC, 0, 0);
 }

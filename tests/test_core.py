@@ -6,8 +6,10 @@ import gc
 import os
 import select
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,9 +28,12 @@ def hub() -> Iterator[_core.Hub]:
 
 
 def launch(
-    hub: _core.Hub, *argv: Any, stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT)
+    hub: _core.Hub,
+    *argv: Any,
+    stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT),
+    steps: tuple[tuple[int, int, int, bytes | None], ...] = (),
 ) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, stdio, (), (), True, -1, True, None)
+    return hub.launch((argv[0],), argv, None, stdio, (), steps, True, -1, True, None)
 
 
 def wait(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -281,6 +286,20 @@ def signal_group(hub: _core.Hub) -> None:
     finish(hub)
 
 
+def kill_cgroup(hub: _core.Hub) -> None:
+    """In what has the form of a cgroup: joining and killing only write to files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("cgroup.procs", ""), ("cgroup.events", "populated 0\n"), ("cgroup.kill", "")):
+            (Path(folder) / name).write_text(content)
+        steps = ((_core.STEP_CGROUP, -1, 0, os.fsencode(folder) + b"\0"),)
+        child = launch(hub, b"/bin/true", steps=steps)
+        assert child.kill_cgroup()
+        wait(hub)
+        assert (Path(folder) / "cgroup.kill").read_text() == "1"
+        child.close()
+        assert not child.kill_cgroup()
+
+
 LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
@@ -298,6 +317,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
     "Launch.keep_pidfd": signal_group,
+    "Launch.kill_cgroup": kill_cgroup,
     "Launch.write": write,
     "Launch.watch": write,
     "Launch.close_pipe": write,

@@ -238,6 +238,41 @@ async def test_seccomp(core_rung: str) -> None:
         await aiovspawn.run_process(["/nonexistent"], seccomp=REFUSING, no_new_privs=True)
 
 
+EXIT, EXIT_GROUP, EXECVE, WRITE = (60, 231, 59, 1) if os.uname().machine == "x86_64" else (93, 94, 221, 64)
+
+
+def program(*rules: list[seccomp.Instruction]) -> bytes:
+    instructions = [*(step for rule in rules for step in rule), (seccomp.RETURN, 0, 0, seccomp.ALLOW)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+
+
+def killing(number: int) -> list[seccomp.Instruction]:
+    return [*seccomp.refuse(number, 0)[:2], (seccomp.RETURN, 0, 0, 0x80000000)]
+
+
+async def test_seccomp_that_refuses_what_a_failed_child_does(core_rung: str, tmp_path: Path) -> None:
+    filters = [
+        (program(seccomp.refuse(EXIT_GROUP, errno.EPERM)), errno.ENOENT),
+        (program(seccomp.refuse(EXIT_GROUP, errno.EPERM), seccomp.refuse(EXIT, errno.EPERM)), errno.ENOENT),
+        (program(seccomp.refuse(EXECVE, 0)), errno.ENOSYS),  # it does nothing and answers 0
+        (program(killing(EXECVE)), -signal.SIGSYS),
+        (program(killing(WRITE)), -signal.SIGSYS),
+    ]
+    unlimited = {resource.RLIMIT_CORE: (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2}
+    for code, expected in filters:
+        run = aiovspawn.run_process(
+            ["/nonexistent"], seccomp=code, no_new_privs=True, cwd=tmp_path, rlimits=unlimited, timeout=10
+        )
+        if expected < 0:
+            assert (await run).returncode == expected
+        else:
+            with pytest.raises(OSError) as caught:
+                await run
+            assert caught.value.errno == expected
+            assert "'exec'" in caught.value.__notes__[0]
+    assert not list(tmp_path.iterdir())  # a core file would have had our memory
+
+
 async def test_controlling_terminal(core_rung: str) -> None:
     terminal, stdin = os.openpty()
     try:
@@ -249,6 +284,11 @@ async def test_controlling_terminal(core_rung: str) -> None:
             [PYTHON, "-c", code], stdin=stdin, stdout=subprocess.PIPE, controlling_terminal=True
         )
         assert done.stdout.decode().split() == ["True", os.ttyname(stdin)]
+        with open("/dev/urandom", "rb") as device:  # whose driver answers otherwise than a file
+            done = await aiovspawn.run_process(
+                ["/bin/true"], stdin=device, stdout=stdin, controlling_terminal=True
+            )
+        assert done.returncode == 0
         done = await aiovspawn.run_process(
             ["/bin/true"], stdin=stdin, controlling_terminal=True, kill_group=True
         )
@@ -358,6 +398,95 @@ async def test_chroot(core_rung: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         await aiovspawn.run_process(["/bin/true"], chroot=tmp_path / "absent")
     assert "'chroot'" in caught.value.__notes__[0]
+
+
+@pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
+async def test_jail_has_no_say_in_oom_score_adj(core_rung: str, tmp_path: Path) -> None:
+    """Its /proc may be anything: here one that would hold up the launch for ever."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    os.mkfifo(tmp_path / "proc" / "self" / "oom_score_adj")
+    with pytest.raises(FileNotFoundError) as caught:
+        await aiovspawn.run_process(["/absent"], chroot=tmp_path, oom_score_adj=500)
+    assert "'exec'" in caught.value.__notes__[0]
+    with pytest.raises(FileNotFoundError) as caught:
+        await aiovspawn.run_process(["/bin/true"], chroot=tmp_path / "absent")
+    assert caught.value.filename == str(tmp_path / "absent")
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+async def test_limit_of_processes_is_the_new_users(core_rung: str) -> None:
+    """Exceeded by what that user runs already, it hinders forks of the program, not the program."""
+    uid = 54321
+    others = [await aiovspawn.create_subprocess_exec("sleep", "1000", user=uid) for _ in range(3)]
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    for limits in ((2, 2), (2, hard)):
+        done = await aiovspawn.run_process(
+            ["/bin/sh", "-c", "echo started; /bin/true; echo forked"],
+            capture_output=True,
+            user=uid,
+            rlimits={resource.RLIMIT_NPROC: limits},
+        )
+        assert done.stdout == b"started\n"
+        assert b"fork" in done.stderr
+    for process in others:
+        process.kill()
+        await process.wait()
+
+
+def as_nobody(code: str) -> list[str]:
+    """A command that runs code, which may await, in a process without privileges."""
+    return [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        "import asyncio, ctypes, os, aiovspawn\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "ctypes.CDLL(None).prctl(4, 1)\n"  # dumpable, as a process of that user is
+        "async def main():\n"
+        + "".join(f"    {line}\n" for line in code.splitlines())
+        + "asyncio.run(main())",
+    ]
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+async def test_oom_score_adj_beside_what_hides_memory() -> None:
+    """The child's file in /proc is root's then; who is not root has to come before or after."""
+    code = (
+        "for ids in (dict(group=os.getgid()), dict(user=os.getuid()), dict(no_new_privs=True, seccomp=ALLOW)):\n"
+        "    await aiovspawn.run_process(['/bin/true'], oom_score_adj=500, **ids)\n"
+        "hiding = dict(no_new_privs=True, seccomp=ALLOW)\n"
+        "runs = [aiovspawn.run_process(['/bin/true'], **(hiding if number % 2 else dict(oom_score_adj=500)))\n"
+        "        for number in range(60)]\n"
+        "await asyncio.gather(*runs)\n"
+        "print('done')"
+    ).replace("ALLOW", repr(program()))
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
+    assert done.stdout == b"done\n", done.stderr
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+def test_memory_is_shown_again_without_a_loop(python: list[str]) -> None:
+    code = """
+import asyncio, ctypes, os, time, aiovspawn, warnings
+libc = ctypes.CDLL(None)
+warnings.simplefilter("ignore")
+loop = aiovspawn.new_event_loop()
+launch = loop.create_task(aiovspawn.create_subprocess_exec("sleep", "1000", user=65534))
+loop.call_soon(loop.stop)
+loop.run_forever()
+loop.close()
+while b"sleep" not in open(f"/proc/self/task/{os.getpid()}/children", "rb").read() and not os.path.exists("x"):
+    pid = open(f"/proc/self/task/{os.getpid()}/children").read().split()[0]
+    if open(f"/proc/{pid}/comm").read() == "sleep\\n":
+        break
+assert libc.prctl(3) == 0
+aiovspawn._core.reap_orphans()
+assert libc.prctl(3) == 1
+os.kill(int(pid), 9)
+os._exit(0)
+"""
+    subprocess.run([*python, "-c", code.replace("\\\\n", "\\n")], check=True, timeout=60)
 
 
 async def test_parent_death_signal_arrives(core_rung: str) -> None:
@@ -509,6 +638,27 @@ async def test_wrong_types_and_values_name_the_option(options: dict[str, Any], k
         assert type(caught.value) is kind
 
 
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+async def test_refused_nice_is_what_os_nice_raises() -> None:
+    code = (
+        "for nice in (os.nice, lambda by: None):\n"
+        "    try:\n"
+        "        nice(-1)\n"
+        "        await aiovspawn.run_process(['/bin/true'], nice=-1)\n"
+        "    except PermissionError as exc:\n"
+        "        print(exc.errno)"
+    )
+    done = await aiovspawn.run_process(as_nobody(code), stdout=subprocess.PIPE)
+    assert done.stdout.split() == [b"1", b"1"]
+
+
+@pytest.mark.parametrize("name", ["user", "group"])
+async def test_id_that_changes_nothing_is_none(name: str) -> None:
+    """setreuid(2) takes -1 for "leave it alone": the program would be root's."""
+    with pytest.raises(OverflowError):
+        await aiovspawn.run_process(["/bin/true"], **{name: 2**32 - 1})
+
+
 async def test_not_where_subprocess_launches() -> None:
     with pytest.raises(NotImplementedError, match="nice"):
         await aiovspawn.run_process(["true"], preexec_fn=int, nice=1)
@@ -516,6 +666,10 @@ async def test_not_where_subprocess_launches() -> None:
     try:
         with pytest.raises(NotImplementedError, match="no_new_privs"):
             await aiovspawn.run_process(["true"], no_new_privs=True)
+        done = await aiovspawn.run_process(["true"], no_new_privs=False, nice=None)
+        assert done.returncode == 0
+        process = await aiovspawn.create_subprocess_exec("true", controlling_terminal=False, rlimits=None)
+        assert await process.wait() == 0
         with pytest.raises(NotImplementedError, match="cpu_affinity"):
             await aiovspawn.create_subprocess_exec("true", cpu_affinity={0})
     finally:
