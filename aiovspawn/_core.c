@@ -169,7 +169,7 @@ static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *re
 
 static size_t steps_size(PyObject *steps)
 {
-    size_t size = (size_t)PyTuple_GET_SIZE(steps) * (sizeof(struct spawn_step) + sizeof(int)) + 32;
+    size_t size = (size_t)PyTuple_GET_SIZE(steps) * sizeof(struct spawn_step) + 16;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
         struct spawn_step step;
         Py_buffer data;
@@ -255,11 +255,10 @@ static bool fill_block(struct block *block, const struct launch_arguments *args)
         .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
         .steps = put_steps(block, args->steps),
         .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
-        .moved = block_take(block, (size_t)PyTuple_GET_SIZE(args->steps) * sizeof(int)),
     };
     block->child.steps = block_take(block, spawn_step_bound(request) * sizeof(struct spawn_step));
     return request->programs && request->argv && request->envp && request->pass_fds && request->steps &&
-           request->moved && block->child.steps;
+           block->child.steps;
 }
 
 static struct block *block_with(const struct launch_arguments *args, size_t size)

@@ -1,7 +1,7 @@
 /* The file descriptors that the parent opens for a launch: pipes, and /dev/null.
  *
- * Every fd of ours is close-on-exec and >= 3, so that no stdio step of the child
- * overwrites the source of the next, nor the status pipe. pipe(7).
+ * Every fd of ours is close-on-exec and >= 3, where no stdio step of the child overwrites
+ * it. pipe(7).
  */
 #include "spawn.h"
 #include "sys.h"
@@ -17,8 +17,6 @@ void spawn_ends_init(struct spawn_ends *ends)
     }
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = false;
-    ends->moved = NULL;
-    ends->moved_count = 0;
 }
 
 static void close_end(int *fd)
@@ -34,8 +32,6 @@ void spawn_close_child_ends(struct spawn_ends *ends)
     close_end(&ends->status_write);
     for (int i = 0; i < 3; i++)
         close_end(&ends->child[i]);
-    while (ends->moved_count > 0)
-        close_end(&ends->moved[--ends->moved_count]);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -123,23 +119,7 @@ static int open_devnull(struct spawn_ends *ends, int i)
     return 0;
 }
 
-/* A user's fd below 3 that goes to another number is duplicated here, so that
- * swaps (stdout=2, stderr=1) need no care in the child. */
-static int take_user_fd(struct spawn_ends *ends, int i, int fd)
-{
-    if (fd > SPAWN_STDERR_FD || fd == i) {
-        ends->source[i] = fd;
-        return 0;
-    }
-    int raised = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
-    if (raised < 0)
-        return raised;
-    ends->source[i] = ends->child[i] = raised;
-    return 0;
-}
-
-static int open_stdio(const struct spawn_request *request, struct spawn_ends *ends, int i,
-                      enum spawn_op *ret_op)
+static int open_stdio(const struct spawn_request *request, struct spawn_ends *ends, int i)
 {
     int plan = request->stdio[i];
     switch (plan) {
@@ -150,11 +130,12 @@ static int open_stdio(const struct spawn_request *request, struct spawn_ends *en
     case SPAWN_DEVNULL:
         return open_devnull(ends, i);
     case SPAWN_STDOUT:
-        ends->source[i] = ends->source[1];
+        ends->source[i] = ends->source[1] == SPAWN_INHERIT ? 1 : ends->source[1];
         return 0;
     default:
-        *ret_op = SPAWN_STDIO;
-        return take_user_fd(ends, i, plan);
+        /* Not duplicated: closing the duplicate of a file would give up our locks of it, fcntl(2). */
+        ends->source[i] = plan;
+        return 0;
     }
 }
 
@@ -256,48 +237,16 @@ bool spawn_is_mapped(const struct spawn_request *request, int fd)
     return false;
 }
 
-/* A duplicate that no step overwrites. */
-static int duplicate_unmapped(const struct spawn_request *request, int fd)
-{
-    for (int least = SPAWN_STDERR_FD + 1;;) {
-        int duplicate = (int)sys_fcntl(fd, F_DUPFD_CLOEXEC, least);
-        if (duplicate < 0 || !spawn_is_mapped(request, duplicate))
-            return duplicate;
-        (void)sys_close(duplicate);
-        least = duplicate + 1;
-    }
-}
-
-/* Takes `*fd` and puts one there that no step overwrites. */
+/* Takes `*fd`, which is ours, and puts one there that no step overwrites. */
 static int move_unmapped(const struct spawn_request *request, int *fd)
 {
-    if (!spawn_is_mapped(request, *fd))
-        return 0;
-    int moved = duplicate_unmapped(request, *fd);
-    if (moved < 0)
-        return moved;
-    close_end(fd);
-    *fd = moved;
-    return 0;
-}
-
-/* What is mapped may be overwritten by another step before: these are duplicated, so
- * that the order of the steps does not matter, nor cycles. */
-static int move_sources(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
-{
-    ends->moved = request->moved;
-    for (size_t i = 0; i < request->step_count; i++) {
-        const struct spawn_step *step = &request->steps[i];
-        int fd = -1, source = (int)step->a;
-        if (step->op != SPAWN_MAP_FD)
-            continue;
-        if (source != step->b && (source <= SPAWN_STDERR_FD || spawn_is_mapped(request, source))) {
-            *ret_op = SPAWN_MAP_FD;
-            fd = duplicate_unmapped(request, source);
-            if (fd < 0)
-                return fd;
-        }
-        ends->moved[ends->moved_count++] = fd;
+    for (int least = SPAWN_STDERR_FD + 1; spawn_is_mapped(request, *fd);) {
+        int moved = (int)sys_fcntl(*fd, F_DUPFD_CLOEXEC, least);
+        if (moved < 0)
+            return moved;
+        least = moved + 1;
+        close_end(fd);
+        *fd = moved;
     }
     return 0;
 }
@@ -340,9 +289,7 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
     if (result == 0)
         result = move_unmapped(request, &ends->status_write);
     for (int i = 0; i < 3 && result >= 0; i++)
-        result = open_stdio(request, ends, i, ret_op);
-    if (result >= 0)
-        result = move_sources(request, ends, ret_op);
+        result = open_stdio(request, ends, i);
     if (result >= 0)
         result = open_cgroup(request, ends, ret_op);
     if (result < 0)

@@ -14,8 +14,9 @@
  *     internal ones too: no handler of the parent's may run in the child, and
  *     another thread's setuid() cannot reach it half way. Handlers are reset
  *     (by CLONE_CLEAR_SIGHAND or by hand) before the mask is restored.
- *  5. Every fd of ours is close-on-exec and >= 3, so that no stdio step
- *     overwrites the source of the next, nor the status pipe.
+ *  5. Every fd of ours is close-on-exec and >= 3, and the status pipe has a number
+ *     that no step overwrites; the moves of fds are in an order in which none
+ *     overwrites what a later one needs.
  *  6. With a shared fd table (CLONE_FILES) it does nothing to the table before
  *     close_range(CLOSE_RANGE_UNSHARE) is known to have worked: until then each
  *     close or dup would be the parent's. Then it has 0-2 alone, and opens its
@@ -84,6 +85,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_VERIFY] = "verify inherited stdio",
     [SPAWN_DETACHED] = "report detached",
     [SPAWN_CLOSE_RANGE] = "close file descriptors",
+    [SPAWN_SAVE_FD] = "save a file descriptor",
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
     [SPAWN_MAP_FD] = "fd_map",
@@ -370,7 +372,31 @@ CHILD long child_exec(const struct spawn_child *child)
     return first ? first : last;
 }
 
-CHILD long child_step(const struct spawn_child *child, const struct spawn_step *step)
+CHILD bool child_is_mapped(const struct spawn_child *child, long fd)
+{
+    for (size_t i = 0; i < child->step_count; i++)
+        if (child->steps[i].op == SPAWN_MAP_FD && child->steps[i].b == fd)
+            return true;
+    return false;
+}
+
+/* To a number that no later step overwrites. Those on the way stay taken until the exec. */
+CHILD long child_save(const struct spawn_child *child, int fd, long *ret_saved)
+{
+    long saved = SPAWN_STDERR_FD;
+    do
+        saved = sys_fcntl(fd, F_DUPFD_CLOEXEC, saved + 1);
+    while (saved >= 0 && child_is_mapped(child, saved));
+    *ret_saved = saved;
+    return saved;
+}
+
+CHILD long child_move(long from, long to)
+{
+    return from == to ? child_inherit((int)from) : sys_dup3((int)from, (int)to, 0);
+}
+
+CHILD long child_step(const struct spawn_child *child, const struct spawn_step *step, long *saved)
 {
     switch (step->op) {
     case SPAWN_RESET_HANDLERS:
@@ -387,9 +413,11 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return sys_write(SPAWN_STATUS_FD, "", 1);
     case SPAWN_CLOSE_RANGE:
         return child_close_range(step->a, step->b);
+    case SPAWN_SAVE_FD:
+        return child_save(child, (int)step->a, saved);
     case SPAWN_STDIO:
     case SPAWN_MAP_FD:
-        return step->a == step->b ? child_inherit((int)step->a) : sys_dup3((int)step->a, (int)step->b, 0);
+        return child_move(step->a == SPAWN_SAVED ? *saved : step->a, step->b);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
     case SPAWN_CGROUP:
@@ -468,8 +496,9 @@ CHILD void child_main(void *arg)
 {
     const struct spawn_child *child = arg;
     int status_fd = child->status_fd;
+    long saved = SPAWN_SAVED;
     for (const struct spawn_step *step = child->steps;; step++) {
-        long result = child_step(child, step);
+        long result = child_step(child, step, &saved);
         if (result < 0 || step->op == SPAWN_EXEC) { /* a seccomp filter can let a call do nothing and answer 0 */
             struct spawn_record record = {.op = (int32_t)step->op, .error = result < 0 ? (int32_t)-result : ENOSYS};
             (void)sys_write(status_fd, &record, sizeof record);

@@ -30,9 +30,10 @@ enum spawn_op {
     SPAWN_VERIFY,        /* a: fd that is inherited */
     SPAWN_DETACHED,      /* tells the parent that it may close the child's ends */
     SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
-    SPAWN_STDIO,       /* a: fd, b: 0, 1 or 2 */
+    SPAWN_SAVE_FD,     /* a: fd that the next step overwrites, for SPAWN_SAVED */
+    SPAWN_STDIO,       /* a: fd or SPAWN_SAVED, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
-    SPAWN_MAP_FD,      /* a: fd, b: its number in the program, >= 3 */
+    SPAWN_MAP_FD,      /* a: fd or SPAWN_SAVED, b: its number in the program, >= 3 */
     SPAWN_CGROUP,      /* in a request a: fd of the directory, or -1 and data: its path; never on a detached rung */
     SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
@@ -73,6 +74,8 @@ struct spawn_step {
     const void *data;
 };
 
+enum { SPAWN_SAVED = -1 };
+
 /* Values of the stdio plan besides a file descriptor of the user's. The first
  * three are subprocess.PIPE, STDOUT and DEVNULL. */
 enum {
@@ -95,7 +98,6 @@ struct spawn_request {
     size_t pass_fd_count;
     const struct spawn_step *steps; /* the user's options, in the order they are done */
     size_t step_count;
-    int *moved; /* room for a fd for each SPAWN_MAP_FD; see struct spawn_ends */
 };
 
 /* Where a child with a private, empty fd table puts its ends. */
@@ -134,8 +136,6 @@ struct spawn_ends {
     int cgroup;       /* the directory, O_PATH */
     bool owns_cgroup; /* nobody was in it before */
     bool moves_memory; /* see struct spawn_child */
-    int *moved;    /* for each SPAWN_MAP_FD a duplicate of its fd, if another step would use up the number before */
-    size_t moved_count; /* in the launch's block, so these are closed before that can be freed: at the clone */
 };
 
 /* How a child exits that could not exec. */

@@ -34,7 +34,8 @@ size_t spawn_step_bound(const struct spawn_request *request)
 {
     size_t kept = request->pass_fd_count + request->step_count + 4; /* with 3 sources and the status pipe */
     size_t unsharing = 1 + 1 + 3 + 1;
-    return 1 + unsharing + (kept + 1) + 3 + 3 + request->pass_fd_count + 3 * request->step_count + 2;
+    size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
+    return 2 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
 }
 
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
@@ -51,12 +52,6 @@ static const struct spawn_step *next_mapped(const struct spawn_request *request,
             return step;
     }
     return NULL;
-}
-
-/* The fd that the n-th of them maps. */
-static int mapped_source(const struct spawn_ends *ends, const struct spawn_step *step, size_t n)
-{
-    return ends->moved[n] >= 0 ? ends->moved[n] : (int)step->a;
 }
 
 static bool is_passed(const struct spawn_request *request, int fd)
@@ -76,11 +71,9 @@ static int next_kept(const struct spawn_request *request, const struct spawn_end
         if (ends->source[i] > above && ends->source[i] < lowest)
             lowest = ends->source[i];
     const struct spawn_step *step;
-    for (size_t i = 0, n = 0; (step = next_mapped(request, &i)); n++) {
-        int source = mapped_source(ends, step, n);
-        if (source > above && source < lowest)
-            lowest = source;
-    }
+    for (size_t i = 0; (step = next_mapped(request, &i));)
+        if (step->a > above && step->a < lowest)
+            lowest = (int)step->a;
     while (*next < request->pass_fd_count && request->pass_fds[*next] <= above)
         ++*next;
     if (*next < request->pass_fd_count && request->pass_fds[*next] < lowest)
@@ -110,14 +103,53 @@ static void add_closing_of(const struct spawn_request *request, int fd, struct s
         add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
 }
 
+/* Whether one of these moves but the i-th has fd for its source. */
+static bool is_source(const struct spawn_step *moves, size_t count, size_t i, long fd)
+{
+    for (size_t j = 0; j < count; j++)
+        if (j != i && moves[j].a == fd)
+            return true;
+    return false;
+}
+
+static void swap_steps(struct spawn_step *one, struct spawn_step *other)
+{
+    struct spawn_step step = *one;
+    *one = *other;
+    *other = step;
+}
+
+/* Puts moves of fds, which are the last steps so far, in an order in which none overwrites
+ * what a later one needs. Where only cycles are left, one fd is saved, and its cycle is done
+ * before the next is begun. */
+static void order_moves(struct spawn_child *child, size_t first)
+{
+    while (first < child->step_count) {
+        struct spawn_step *moves = &child->steps[first];
+        size_t count = child->step_count - first, i = 0;
+        while (i < count && is_source(moves, count, i, moves[i].b))
+            i++;
+        if (i < count) {
+            swap_steps(&moves[0], &moves[i]);
+        } else {
+            add_step(child, SPAWN_SAVE_FD, moves[0].a, 0);
+            moves[0].a = SPAWN_SAVED;
+            swap_steps(&moves[0], &moves[count]);
+        }
+        first++;
+    }
+}
+
 static void add_stdio(const struct spawn_request *request, const struct spawn_ends *ends, struct spawn_child *child)
 {
+    const size_t first = child->step_count;
     for (int i = 0; i < 3; i++)
         if (ends->source[i] != SPAWN_INHERIT)
             add_step(child, SPAWN_STDIO, ends->source[i], i);
     const struct spawn_step *step;
-    for (size_t i = 0, n = 0; (step = next_mapped(request, &i)); n++)
-        add_step(child, SPAWN_MAP_FD, mapped_source(ends, step, n), step->b);
+    for (size_t i = 0; (step = next_mapped(request, &i));)
+        add_step(child, SPAWN_MAP_FD, step->a, step->b);
+    order_moves(child, first);
     if (!request->close_fds)
         return;
     for (int i = 0; i < 3; i++)

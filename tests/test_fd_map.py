@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import stdio_is
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from look import look
@@ -119,6 +121,44 @@ async def test_standard_streams_of_ours_as_sources(core_rung: str, tmp_path: Pat
     with open(read_end) as file:
         assert file.read() == "nine\n"
     assert done.stdout == b"out\n"
+
+
+async def test_any_streams_of_ours(core_rung: str, tmp_path: Path) -> None:
+    """The parent's own 0, 1 and 2, exchanged in every way, some of them mapped too."""
+    streams = {}
+    with contextlib.ExitStack() as stack:
+        for number in range(3):
+            path = tmp_path / f"stream{number}"
+            path.write_text(f"{number};")
+            stack.enter_context(stdio_is(os.open(path, os.O_RDWR), number))
+            streams[number] = str(path)
+        for plan in itertools.product((None, 0, 1, 2), repeat=3):
+            stdin, stdout, stderr = plan
+            process = await aiovspawn.create_subprocess_exec(
+                "sleep", "1000", stdin=stdin, stdout=stdout, stderr=stderr, fd_map={7: 2, 6: 0}
+            )
+            seen = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2, 7, 6)]
+            expected = [fd if given is None else given for fd, given in enumerate(plan)]
+            assert seen == [streams[fd] for fd in (*expected, 2, 0)]
+            process.kill()
+            await process.wait()
+
+
+async def test_locks_of_the_parent_stay(core_rung: str, tmp_path: Path) -> None:
+    """Whoever closes a duplicate of a file gives up his locks of it: fcntl(2)."""
+    path = tmp_path / "locked"
+    path.touch()
+    probe = (
+        "import fcntl, sys\n"
+        "try: fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except OSError: sys.exit(7)"
+    )
+    with stdio_is(os.open(path, os.O_RDWR), 1), open(path, "r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        await aiovspawn.run_process(["/bin/true"], stderr=subprocess.STDOUT)
+        await aiovspawn.run_process(["/bin/true"], stderr=1, fd_map={9: 1, file.fileno(): file})
+        other = subprocess.run([sys.executable, "-c", probe, path], stdout=subprocess.DEVNULL)
+        assert other.returncode == 7
 
 
 async def test_beside_pass_fds(core_rung: str, tmp_path: Path) -> None:

@@ -453,10 +453,10 @@ def as_nobody(code: str) -> list[str]:
 async def test_oom_score_adj_beside_what_hides_memory() -> None:
     """The child's file in /proc is root's then; who is not root has to come before or after."""
     code = (
-        "for ids in (dict(group=os.getgid()), dict(user=os.getuid()), dict(no_new_privs=True, seccomp=ALLOW)):\n"
-        "    await aiovspawn.run_process(['/bin/true'], oom_score_adj=500, **ids)\n"
-        "hiding = dict(no_new_privs=True, seccomp=ALLOW)\n"
-        "runs = [aiovspawn.run_process(['/bin/true'], **(hiding if number % 2 else dict(oom_score_adj=500)))\n"
+        "hiding, scored = dict(no_new_privs=True, seccomp=ALLOW), dict(oom_score_adj=500)\n"
+        "for also in (dict(group=os.getgid()), dict(user=os.getuid()), hiding):\n"
+        "    await aiovspawn.run_process(['/bin/true'], **scored, **also)\n"
+        "runs = [aiovspawn.run_process(['/bin/true'], **(hiding if number % 2 else scored))\n"
         "        for number in range(60)]\n"
         "await asyncio.gather(*runs)\n"
         "print('done')"
@@ -476,17 +476,17 @@ launch = loop.create_task(aiovspawn.create_subprocess_exec("sleep", "1000", user
 loop.call_soon(loop.stop)
 loop.run_forever()
 loop.close()
-while b"sleep" not in open(f"/proc/self/task/{os.getpid()}/children", "rb").read() and not os.path.exists("x"):
+comm = ""
+while comm != "sleep\\n":
     pid = open(f"/proc/self/task/{os.getpid()}/children").read().split()[0]
-    if open(f"/proc/{pid}/comm").read() == "sleep\\n":
-        break
+    comm = open(f"/proc/{pid}/comm").read()
 assert libc.prctl(3) == 0
 aiovspawn._core.reap_orphans()
 assert libc.prctl(3) == 1
 os.kill(int(pid), 9)
 os._exit(0)
 """
-    subprocess.run([*python, "-c", code.replace("\\\\n", "\\n")], check=True, timeout=60)
+    subprocess.run([*python, "-c", code], check=True, timeout=60)
 
 
 async def test_parent_death_signal_arrives(core_rung: str) -> None:
