@@ -4,8 +4,9 @@
  * OSError. It never clones and never touches a file descriptor itself. Nothing
  * the child reads belongs to Python: every string is copied.
  *
- * Neither type holds a Python object, so neither takes part in garbage
- * collection. A Launch is known to its hub by its number, which events carry.
+ * Neither type holds a Python object that could refer to it (a one-shot has bytes, and
+ * the buffer of its input), so neither takes part in garbage collection. A Launch is
+ * known to its hub by its number, which events carry.
  */
 #include "_oneshot.h"
 
@@ -415,6 +416,7 @@ static PyObject *fill_launch_object(LaunchObject *self, struct launch *launch, e
 static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
     launch_close(self->launch);
+    oneshot_release_input(&self->one_shot);
     Py_RETURN_NONE;
 }
 

@@ -28,9 +28,17 @@ class Limits:
 DEFAULT = Limits()
 
 
+def check_seconds(name: str, value: float) -> float:
+    """Reject what a loop could not add to its time, before there is a process."""
+    try:
+        return value + 0.0
+    except TypeError:
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}") from None
+
+
 def check_grace(terminate_grace: float) -> None:
     """Reject what is no number of seconds."""
-    if not terminate_grace >= 0:
+    if not check_seconds("terminate_grace", terminate_grace) >= 0:
         raise ValueError(f"terminate_grace must not be negative: {terminate_grace!r}")
 
 

@@ -1,7 +1,9 @@
 /* A launch in one shot: see _oneshot.h. */
+#define _GNU_SOURCE
 #include "_oneshot.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -14,7 +16,7 @@
 enum {
     SCRATCH_SIZE = HUB_READ_SIZE,
     GROWTH = 1024 * 1024,  /* bytes: the least by which a long output grows */
-    QUANTUM = 1024 * 1024, /* bytes read in one go, for the sake of the others; what the largest pipe holds */
+    QUANTUM = 1024 * 1024, /* bytes read or written in one go, for the sake of the others */
 };
 
 void oneshot_begin(struct one_shot *shot, struct launch *launch)
@@ -24,21 +26,29 @@ void oneshot_begin(struct one_shot *shot, struct launch *launch)
             launch_fd(launch, (enum launch_slot)(LAUNCH_STDOUT + i)) >= 0;
 }
 
-void oneshot_clear(struct one_shot *shot)
+/* The launch is closed: nobody reads the rest. */
+void oneshot_release_input(struct one_shot *shot)
 {
     PyBuffer_Release(&shot->input);
+}
+
+void oneshot_clear(struct one_shot *shot)
+{
+    oneshot_release_input(shot);
     Py_CLEAR(shot->captures[0].bytes);
     Py_CLEAR(shot->captures[1].bytes);
 }
 
 /* ---- input -------------------------------------------------------------------- */
 
-/* Writes what fits. A reader that has gone does not want the rest, as subprocess has it. */
+/* Writes what fits, a QUANTUM at the most: a quick reader makes room all the time. A reader
+ * that has gone does not want the rest, as subprocess has it. */
 static int feed(struct one_shot *shot, struct launch *launch)
 {
-    while (shot->sent < shot->input.len) {
+    Py_ssize_t left, quantum = QUANTUM;
+    while ((left = shot->input.len - shot->sent) > 0) {
         const char *data = (const char *)shot->input.buf + shot->sent;
-        ssize_t written = launch_write(launch, data, (size_t)(shot->input.len - shot->sent));
+        ssize_t written = quantum ? launch_write(launch, data, (size_t)(left < quantum ? left : quantum)) : -EAGAIN;
         if (written == -EINTR)
             continue;
         if (written == -EAGAIN)
@@ -46,6 +56,7 @@ static int feed(struct one_shot *shot, struct launch *launch)
         if (written < 0)
             break;
         shot->sent += written;
+        quantum -= written;
     }
     launch_close_pipe(launch, LAUNCH_STDIN);
     PyBuffer_Release(&shot->input);
@@ -145,9 +156,9 @@ static ssize_t read_once(struct capture *capture, struct launch *launch, enum la
     return got;
 }
 
-/* Reads once, or to the end of file if the writers are gone, a QUANTUM at the most. */
+/* Reads once, or, if the writers are gone, to the end of file, `most` bytes or little more. */
 static void read_output(struct one_shot *shot, struct launch *launch, enum launch_slot slot, bool writers_gone,
-                        char *scratch)
+                        ssize_t most, char *scratch)
 {
     struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
     ssize_t got, total = 0;
@@ -162,11 +173,18 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
             capture->size = shot->limit;
             capture->exceeded = true;
         }
-    } while ((got > 0 && writers_gone && total < QUANTUM) || got == -EINTR);
+    } while ((got > 0 && writers_gone && total < most) || got == -EINTR);
     if (got == 0 || (got < 0 && got != -EAGAIN)) {
         capture->open = false;
         launch_close_pipe(launch, slot);
     }
+}
+
+/* All that an exited process may have left in its pipe; another one may go on writing. */
+static void read_last(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
+{
+    int size = shot->captures[slot - LAUNCH_STDOUT].open ? fcntl(launch_fd(launch, slot), F_GETPIPE_SZ) : 0;
+    read_output(shot, launch, slot, true, size > QUANTUM ? size : QUANTUM, scratch);
 }
 
 /* The output of a pipe, None without one; what is not needed of its memory is given back. */
@@ -218,13 +236,13 @@ int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch
         settle_input(shot, event);
         return false;
     case HUB_READY:
-        read_output(shot, event->launch, (enum launch_slot)event->value, event->writers_gone, scratch);
+        read_output(shot, event->launch, (enum launch_slot)event->value, event->writers_gone, QUANTUM, scratch);
         return tell_finished(shot, event) || tell_exceeded(shot, event);
     case HUB_EXITED:
         shot->exited = true;
         shot->returncode = event->value;
-        read_output(shot, event->launch, LAUNCH_STDOUT, true, scratch);
-        read_output(shot, event->launch, LAUNCH_STDERR, true, scratch);
+        read_last(shot, event->launch, LAUNCH_STDOUT, scratch);
+        read_last(shot, event->launch, LAUNCH_STDERR, scratch);
         (void)tell_finished(shot, event);
         return true;
     case HUB_STDOUT:

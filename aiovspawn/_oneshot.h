@@ -40,6 +40,7 @@ void oneshot_begin(struct one_shot *shot, struct launch *launch);
 int oneshot_feed(struct one_shot *shot, struct launch *launch, PyObject *input);
 int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch);
 PyObject *oneshot_output(struct one_shot *shot, int fd);
+void oneshot_release_input(struct one_shot *shot);
 void oneshot_clear(struct one_shot *shot);
 
 #endif

@@ -25,6 +25,10 @@ GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
 
 
+CANCEL_INTERVAL = 0.05
+"""Seconds without a cancellation, after which one more is another."""
+
+
 class OneShot(Attempts):
     """A launch whose end alone is waited for.
 
@@ -44,7 +48,10 @@ class OneShot(Attempts):
     # What few launches change is the class's own until then.
     _undecided = False
     _killed = False
+    _killed_now = False
     _in_grace = False
+    _undoing_since = 0.0
+    """When the task was cancelled last; 0 before."""
     _held = False
     _timers: dict[str, asyncio.TimerHandle] | None = None
     _error: Exception | None = None
@@ -82,17 +89,22 @@ class OneShot(Attempts):
         """Wake the task with CancelledError; the process is its business. False: it is being woken."""
         if self._waiter is None:
             return False
+        if self._undoing_since:
+            self._cancel_again()
+            return True
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
         self._wake_soon()
         return True
 
     def result(self) -> None:
-        """Raise what the task is to have raised."""
-        cancelled, self._cancelled = self._cancelled, None
-        if cancelled is not None:
-            raise cancelled
-        if self._error is not None:
-            raise self._error
+        """Raise what the task is to have raised, once: who keeps it must not keep us, nor it itself."""
+        exc = self._cancelled or self._error
+        self._cancelled = self._error = None
+        try:
+            if exc is not None:
+                raise exc
+        finally:
+            del exc
 
     def _wake_soon(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -116,7 +128,10 @@ class OneShot(Attempts):
             raise
 
     def _attempt_failed(self, exc: Exception) -> None:
-        self._finish(exc)
+        if not self.over:
+            self._close()
+        self._error = exc
+        self._wake_soon()
 
     def _decided(self) -> None:
         if self._undecided:
@@ -157,6 +172,12 @@ class OneShot(Attempts):
         """The process has been reaped; held: another one has its pipes."""
         self.returncode = returncode
         self._held = held
+        if (
+            self._timers is not None
+            and "kill" in self._timers
+            and not (self._in_grace and self._limits.kill_group)
+        ):
+            self._timers["kill"].cancel()
         if self._in_grace and self._limits.kill_group:
             self._wait_for_group()
         else:
@@ -204,9 +225,10 @@ class OneShot(Attempts):
             self.kill_now()
 
     def kill_now(self) -> None:
-        """End the process with SIGKILL."""
-        if self.over:
+        """End the process with SIGKILL, once."""
+        if self.over or self._killed_now:
             return
+        self._killed_now = True
         self._in_grace = False
         self._signal(signal.SIGKILL)
         if self.returncode is not None:
@@ -279,14 +301,28 @@ class OneShot(Attempts):
 
     async def undo(self) -> None:
         """Kill the process and wait until it has been reaped, whoever cancels that."""
+        self._undoing_since = self._loop.time()
         self.kill()
         while not self.over:
             try:
                 await self
             except asyncio.CancelledError:
-                self.kill_now()
+                self._cancel_again()
+            except GeneratorExit:
+                self.forget()
+                raise
             except Exception:
                 return  # it never was one
+
+    def _cancel_again(self) -> None:
+        """End the grace when the task is cancelled once more, but not when it still is being cancelled.
+
+        anyio cancels in every turn of the loop until the task has left the scope.
+        """
+        now, before = self._loop.time(), self._undoing_since
+        self._undoing_since = now
+        if now - before > CANCEL_INTERVAL:
+            self.kill_now()
 
     def forget(self) -> None:
         """Close without the loop, which may be closed; the child is reaped later."""

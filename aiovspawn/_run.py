@@ -13,7 +13,7 @@ from subprocess import PIPE
 from typing import Any, Literal
 
 from ._launch import ladder
-from ._limits import DEFAULT, Limits, check_grace, lead_group
+from ._limits import DEFAULT, Limits, check_grace, check_seconds, lead_group
 from ._process import unpack_usage
 
 
@@ -132,6 +132,8 @@ async def run_process(
         codec = _text_mode(text, encoding, errors, universal_newlines)
     if input is not None:
         input = memoryview(input) if codec is None else input.encode(*codec)
+    if timeout is not None:
+        check_seconds("timeout", timeout)
     limits = DEFAULT
     if output_limit is not None or terminate_grace or kill_group or drain_timeout is not None:
         limits = _limits(output_limit, on_output_limit, terminate_grace, kill_group, drain_timeout)
@@ -157,9 +159,10 @@ async def run_process(
             limits,
             kwds,
         )
-        if timeout is not None:
-            ended.expire_after(timeout)
+        input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
         try:
+            if timeout is not None:
+                ended.expire_after(timeout)
             await ended
         except GeneratorExit:
             ended.forget()  # closed, not cancelled: there may be no loop to wait on
@@ -217,7 +220,7 @@ def _limits(
     if on_output_limit not in ("error", "truncate"):
         raise ValueError(f"on_output_limit must be 'error' or 'truncate', not {on_output_limit!r}")
     check_grace(terminate_grace)
-    if drain_timeout is not None and not drain_timeout >= 0:
+    if drain_timeout is not None and not check_seconds("drain_timeout", drain_timeout) >= 0:
         raise ValueError(f"drain_timeout must not be negative: {drain_timeout!r}")
     return Limits(
         -1 if output_limit is None else output_limit,

@@ -46,6 +46,7 @@
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
 #define LAST_SIGNAL 64
+#define FDS_PER_WORD 64
 #define CLOSE_RANGE_UNSHARE_FLAG 2
 
 #define PR_SET_PDEATHSIG 1
@@ -337,6 +338,17 @@ CHILD long child_verify(int fd, const uint64_t *expected)
     return stat[0] == expected[0] && stat[1] == expected[1] ? 0 : -ESTALE;
 }
 
+/* close_range(2) left the marks of full words of the parent's table in the child's, before
+ * they were mended (CVE-2024-45025): its program would meet high numbers and EMFILE early.
+ * Seen by the first number of the second word. */
+CHILD long child_verify_table(void)
+{
+    long fd = sys_fcntl(SPAWN_STATUS_FD, F_DUPFD_CLOEXEC, FDS_PER_WORD);
+    if (fd >= 0)
+        (void)sys_close((int)fd);
+    return fd == FDS_PER_WORD || fd == -EINVAL || fd == -EMFILE ? 0 : fd < 0 ? fd : -ENOSYS;
+}
+
 /* Only on a private table: `to` is overwritten. The name may have come to mean another
  * file: a parent that execs or ends meanwhile, a /proc of another pid namespace. Nothing
  * is written to what is not the pipe it should be. */
@@ -398,13 +410,15 @@ CHILD long child_move(long from, long to)
 
 CHILD long child_step(const struct spawn_child *child, const struct spawn_step *step, long *saved)
 {
+    long result;
     switch (step->op) {
     case SPAWN_RESET_HANDLERS:
         return child_reset_handlers();
     case SPAWN_UNSHARE_FDS:
         return sys_close_range(SPAWN_STDERR_FD + 1, ~0U, CLOSE_RANGE_UNSHARE_FLAG);
     case SPAWN_REOPEN_STATUS:
-        return child_reopen(child, SPAWN_STATUS_PATH, O_WRONLY, SPAWN_STATUS_FD);
+        result = child_reopen(child, SPAWN_STATUS_PATH, O_WRONLY, SPAWN_STATUS_FD);
+        return result < 0 ? result : child_verify_table();
     case SPAWN_REOPEN:
         return child_reopen(child, (int)step->b, step->a, SPAWN_FIRST_END_FD + (int)step->b);
     case SPAWN_VERIFY:

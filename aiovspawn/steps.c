@@ -9,8 +9,9 @@
 #include <limits.h>
 
 #define MODE_TYPE 0170000
-#define MODE_REGULAR 0100000
-#define MODE_BLOCK 0060000
+#define MODE_FIFO 0010000
+#define MODE_CHARACTER 0020000
+#define MODE_SOCKET 0140000
 
 const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op)
 {
@@ -169,36 +170,59 @@ bool spawn_can_share_fds(const struct spawn_request *request)
     return ours && !next_mapped(request, &i);
 }
 
-/* What the child is to know an fd of ours by; gives its mode, 0 if it is closed. */
-static uint32_t note_inode(struct spawn_child *child, int index, int fd)
+/* What the child is to know an fd of ours by; zeros if it is closed. */
+static void note_inode(struct spawn_child *child, int index, int fd, uint64_t stat[SYS_STAT_WORDS])
 {
-    uint64_t stat[SYS_STAT_WORDS];
-    stat[0] = stat[1] = stat[2] = stat[3] = 0;
+    for (int i = 0; i < SYS_STAT_WORDS; i++)
+        stat[i] = 0;
     if (fd >= 0)
         (void)sys_call(__NR_fstat, fd, (long)stat, 0, 0, 0, 0);
     child->inodes[index][0] = stat[0];
     child->inodes[index][1] = stat[1];
-    return sys_stat_mode(stat);
+}
+
+/* Devices that are the same whoever opens them: null and the like, terminals but for the
+ * master of a pty. linux/major.h. */
+static bool is_plain_device(uint64_t device)
+{
+    uint64_t major = device >> 8 & 0xfff, minor = device & 0xff;
+    return major == 1 || major == 4 || (major == 5 && minor < 2) || (major >= 136 && major < 144);
+}
+
+/* Whether the inode says which file it is, and a duplicate can be closed again. Not of a
+ * regular file, where closing it would take the parent's locks (fcntl(2)) or write to a
+ * server; nor where each open makes another file. */
+static bool is_known_by_inode(const uint64_t *stat)
+{
+    switch (sys_stat_mode(stat) & MODE_TYPE) {
+    case MODE_CHARACTER:
+        return is_plain_device(sys_stat_device(stat));
+    case MODE_FIFO:
+    case MODE_SOCKET:
+        return true;
+    default:
+        return false;
+    }
 }
 
 static int keep_inherited(struct spawn_ends *ends, struct spawn_child *child, int i)
 {
-    uint32_t type = note_inode(child, i, i) & MODE_TYPE;
-    if (type == MODE_REGULAR || type == MODE_BLOCK)
+    uint64_t stat[SYS_STAT_WORDS];
+    note_inode(child, i, i, stat);
+    if (sys_stat_mode(stat) != 0 && !is_known_by_inode(stat))
         return -ENOTSUP;
     long fd = sys_fcntl(i, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
     if (fd < 0 && fd != -EBADF)
         return (int)fd;
     ends->child[i] = fd < 0 ? -1 : (int)fd;
-    (void)note_inode(child, i, ends->child[i]);
+    note_inode(child, i, ends->child[i], stat);
     return 0;
 }
 
 /* Until the child has a table of its own, whoever closes fd 0, 1 or 2 of the parent
  * and opens another file there does so for the child too. A duplicate keeps the
  * inode, by which the child knows the file, from being used again meanwhile, and is
- * what a later attempt without sharing gives the child. Not of a regular file, where
- * closing the duplicate would take the parent's locks (fcntl(2)) or write to a server. */
+ * what a later attempt without sharing gives the child. */
 int spawn_keep_inherited(struct spawn_ends *ends, struct spawn_child *child)
 {
     int result = 0;
@@ -236,7 +260,8 @@ static void name_fd(struct spawn_child *child, int index, int fd)
     to = append_number(to, (unsigned)sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0));
     to = append_number(append_text(to, "/fd/"), (unsigned)fd);
     *to = '\0';
-    (void)note_inode(child, index, fd);
+    uint64_t stat[SYS_STAT_WORDS];
+    note_inode(child, index, fd, stat);
 }
 
 static long access_to(int plan, int i)

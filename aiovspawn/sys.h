@@ -52,7 +52,7 @@ struct sys_sigaction {
     uint64_t mask;
 };
 
-/* Of struct stat: its size in words at the most, and where the mode is. */
+/* Of struct stat: its size in words at the most, where the mode is, and st_rdev. */
 enum { SYS_STAT_WORDS = 32 };
 
 #if defined(__x86_64__)
@@ -60,6 +60,11 @@ enum { SYS_STAT_WORDS = 32 };
 SYS_INLINE uint32_t sys_stat_mode(const uint64_t *stat)
 {
     return (uint32_t)stat[3]; /* after st_dev, st_ino, st_nlink */
+}
+
+SYS_INLINE uint64_t sys_stat_device(const uint64_t *stat)
+{
+    return stat[5]; /* after st_mode, st_uid, st_gid */
 }
 
 SYS_INLINE long sys_call(long number, long a, long b, long c, long d, long e, long f)
@@ -130,6 +135,11 @@ SYS_INLINE long sys_on_valgrind(void)
 SYS_INLINE uint32_t sys_stat_mode(const uint64_t *stat)
 {
     return (uint32_t)stat[2]; /* after st_dev, st_ino */
+}
+
+SYS_INLINE uint64_t sys_stat_device(const uint64_t *stat)
+{
+    return stat[4]; /* after st_mode, st_nlink, st_uid, st_gid */
 }
 
 SYS_INLINE long sys_call(long number, long a, long b, long c, long d, long e, long f)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import decimal
 import functools
+import gc
 import os
 import pickle
 import random
@@ -17,12 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from conftest import HERE, LOOP_FACTORIES, on_loop
 
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, run_process
 from aiovspawn._launch import ladder
+from aiovspawn._limits import DEFAULT
 
 suite = pytest.importorskip("test.test_subprocess", reason="this Python comes without its tests")
 
@@ -528,3 +532,119 @@ async def test_ends_of_a_shared_fd_table_are_closed_while_the_process_runs() -> 
             await task
     finally:
         _core.share_fds_from(-1)
+
+
+async def test_anyio_cancels_again_and_again(tmp_path: Path) -> None:
+    """In every turn of the loop until the task has left the scope: once is enough."""
+    escaped = ["/bin/sh", "-c", "setsid sleep 1000 & echo $!"]
+    with anyio.move_on_after(0.3):
+        await run_process([*escaped[:2], f"({escaped[2]}) > {tmp_path}/pid"], stderr=PIPE, kill_group=True)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it would be waited for still
+    with anyio.move_on_after(0.3):
+        code = f"trap 'sleep 0.2; echo gently > {tmp_path}/end; exit' TERM; while :; do sleep 0.01; done"
+        await run_process(["/bin/sh", "-c", code], terminate_grace=100)
+    assert (tmp_path / "end").read_text() == "gently\n"
+
+
+async def test_output_after_the_kill_is_waited_for_as_told() -> None:
+    """Longer than a child that does not die would be, of which nobody is warned: it has."""
+    command = "(sleep 1.3; echo late) & sleep 1000"
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        await run_process(command, shell=True, stdout=PIPE, timeout=0.1, drain_timeout=100)
+    assert caught.value.output == b"late\n"
+
+
+@pytest.mark.parametrize("name", ["timeout", "terminate_grace", "drain_timeout"])
+@pytest.mark.parametrize("value", ["5", decimal.Decimal(5)])
+async def test_what_is_no_number_of_seconds_starts_nothing(name: str, value: Any) -> None:
+    before = _core.counts()["rungs"]
+    with pytest.raises(TypeError, match=name):
+        await run_process(["sleep", "1000"], **{name: value})
+    assert _core.counts()["rungs"] == before
+
+
+async def test_nothing_waits_for_the_garbage_collector() -> None:
+    """The exception of a launch that failed or was cancelled keeps neither it nor its input."""
+    data = bytearray(10)
+    gc.disable()
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            await run_process(["/nonexistent"], input=data)
+        data.append(0)  # a buffer in use could not be resized
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await run_process(["sleep", "1000"], input=data, stdout=PIPE)
+        data.append(0)
+        kept = None
+        try:
+            await run_process(["/nonexistent"], input=data)
+        except FileNotFoundError as exc:
+            kept = exc
+        data.append(0)
+        assert kept is not None
+        del kept
+        await asyncio.sleep(0)
+        assert _core.counts()["launches"] == 0
+    finally:
+        gc.enable()
+
+
+async def test_quick_reader_does_not_stop_the_loop() -> None:
+    turns = 0
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if not done.done():
+            asyncio.get_running_loop().call_soon(turn)
+
+    size = 64 * 1024 * 1024
+    done = asyncio.ensure_future(
+        run_process(["dd", "of=/dev/null", "bs=1M"], input=bytes(size), stderr=DEVNULL)
+    )
+    turn()
+    await done
+    assert turns >= size // 2**20
+
+
+async def test_later_attempt_that_cannot_be_served_is_an_error() -> None:
+    hub = ladder.hub_for(asyncio.get_running_loop(), {})
+    shot = ladder.start_one_shot(
+        hub, hub._loop(), ["sleep", "1000"], False, False, (None,) * 3, None, DEFAULT, {}
+    )
+    waiting = asyncio.ensure_future(wait_for(shot))
+    await asyncio.sleep(0)
+    shot.forget()  # as what follows the clone does when it fails
+    shot._attempt_failed(OSError("no room"))
+    with pytest.raises(OSError, match="no room"):
+        await waiting
+    while _core.reap_orphans():
+        await asyncio.sleep(0)
+
+
+async def wait_for(shot: Any) -> None:
+    await shot
+
+
+def test_loop_closed_in_the_grace_kills(python: list[str]) -> None:
+    code = """
+import asyncio, os, time, aiovspawn
+loop = aiovspawn.new_event_loop()
+read, write = os.pipe()
+os.set_inheritable(write, True)
+command = "trap '' TERM; echo started >&3; exec sleep 1000"
+run = aiovspawn.run_process(["sh", "-c", command], terminate_grace=1000, fd_map={3: write})
+task = loop.create_task(run)
+loop.call_later(0.01, loop.stop)
+loop.run_forever()
+os.close(write)
+assert os.read(read, 9)
+task.cancel()
+loop.call_later(0.01, loop.stop)
+loop.run_forever()
+task.get_coro().close()
+assert os.read(read, 9) == b""  # it is dead
+loop.close()
+os._exit(0)
+"""
+    subprocess.run([*python, "-c", code], check=True, timeout=60)
