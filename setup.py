@@ -9,13 +9,13 @@ from sysconfig import get_platform
 
 from setuptools import Extension, setup
 
+SOURCES = ("_core", "_oneshot", "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
+HEADERS = ("_oneshot", "hub", "idmap", "launch", "probe", "spawn", "sys")
+
 core = Extension(
     "aiovspawn._core",
-    sources=[
-        f"aiovspawn/{name}.c"
-        for name in ("_core", "_oneshot", "ends", "hub", "launch", "probe", "spawn", "steps")
-    ],
-    depends=[f"aiovspawn/{name}.h" for name in ("_oneshot", "hub", "launch", "probe", "spawn", "sys")],
+    sources=[f"aiovspawn/{name}.c" for name in SOURCES],
+    depends=[f"aiovspawn/{name}.h" for name in HEADERS],
     extra_compile_args=["-std=gnu11", "-fvisibility=hidden"],
 )
 

@@ -342,6 +342,11 @@ static int serving_rung(int rung, const struct spawn_request *request)
     return rung;
 }
 
+static bool makes_namespaces(const struct spawn_request *request)
+{
+    return spawn_find_step(request, SPAWN_NAMESPACES) != NULL;
+}
+
 /* Starts at the rung in use and steps down where one is refused, also when that
  * happens only now: a filter may have been installed since the last launch. A
  * forced rung is left only for one that serves the request. */
@@ -350,16 +355,24 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
 {
     const int current = current_rung();
     int rung = serving_rung(current, &(*block)->request), result;
+    const bool namespaces = makes_namespaces(&(*block)->request);
     const bool serves = rung == current, may_leave = !serves || !atomic_load(&rung_forced);
     for (;;) {
         options->rung = (enum spawn_rung)rung;
         result = start_on(hub, block, options, ret_launch, ret_op);
         if (!is_refusal(result, *ret_op, *block) || rung == SPAWN_FORK || !may_leave)
             break;
-        rung = serving_rung(rung + 1, &(*block)->request);
+        const struct spawn_request *request = &(*block)->request;
+        int next = serving_rung(rung + 1, request);
+        if (next == SPAWN_FORK && namespaces && !spawn_awaits_maps(request))
+            break; /* it would copy the page tables before it is told the same */
+        rung = next;
     }
-    if (result == 0 && serves && may_leave)
+    if (result == 0 && serves && may_leave && !namespaces)
         atomic_store(&rung_in_use, rung);
+    /* For an errno that speaks of namespaces (clone(2)), their step. */
+    if (namespaces && *block && *ret_op == SPAWN_CLONE && (is_refusal(result, *ret_op, *block) || result == -ENOSPC))
+        *ret_op = SPAWN_NAMESPACES;
     return result;
 }
 
@@ -1018,6 +1031,9 @@ static int add_steps(PyObject *module)
         {"STEP_UNSHARE_FDS", SPAWN_UNSHARE_FDS},
         {"STEP_DETACHED", SPAWN_DETACHED},
         {"STEP_MAP_FD", SPAWN_MAP_FD},
+        {"STEP_NAMESPACES", SPAWN_NAMESPACES},
+        {"STEP_UID_MAP", SPAWN_UID_MAP},
+        {"STEP_GID_MAP", SPAWN_GID_MAP},
         {"STEP_CGROUP", SPAWN_CGROUP},
         {"STEP_CHROOT", SPAWN_CHROOT},
         {"STEP_CHDIR", SPAWN_CHDIR},

@@ -74,6 +74,14 @@ class Options(TypedDict, total=False):
     """{number in the program: file descriptor of the parent}, in any order, also exchanged; beside
     pass_fds, which keeps the numbers. 0, 1 and 2 where stdin, stdout and stderr are not given. dup2(2)."""
 
+    namespaces: int
+    """New namespaces for the program, os.CLONE_NEW... together; with CLONE_NEWPID it is number 1 in
+    there. clone(2), namespaces(7)."""
+    uid_map: Iterable[tuple[int, int, int]]
+    """With CLONE_NEWUSER: (first id in the program's namespace, first id in ours, how many), each.
+    Without it the program's user is unmapped. user_namespaces(7)."""
+    gid_map: Iterable[tuple[int, int, int]]
+    """The same of groups. Without privileges it is one's own group, and setgroups(2) is given up."""
     cgroup: str | bytes | os.PathLike[str] | os.PathLike[bytes] | File
     """The directory of the control group that the program starts in, or a file descriptor of it.
     It takes the vfork rung. cgroups(7); clone(2), CLONE_INTO_CGROUP."""

@@ -31,6 +31,9 @@ class CheckedOptions:
 
 NO_OPTIONS = CheckedOptions()
 
+NAMESPACES = 0x7E020080
+"""os.CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWCGROUP, NEWTIME; os has them from 3.12 on."""
+CLONE_NEWUSER = 0x10000000
 LONG_MAX = 2**63 - 1
 C_INT_MAX = 2**31 - 1
 STDERR_FD = 2
@@ -104,6 +107,34 @@ def _path(name: str, value: Any) -> bytes:
     if b"\0" in path:
         raise ValueError(f"{name}: embedded null byte")
     return path + b"\0"
+
+
+def _namespaces(name: str, value: Any) -> Iterator[Step]:
+    flags = _integer(name, value, 0, 2**32 - 1)
+    if flags & ~NAMESPACES:
+        raise ValueError(f"{name}: no flag of a namespace: {flags & ~NAMESPACES:#x}")
+    if flags:
+        yield _core.STEP_NAMESPACES, flags, 0, None
+
+
+def _id_map(step: int) -> Callable[[str, Any], Iterator[Step]]:
+    def steps(name: str, value: Any) -> Iterator[Step]:
+        if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+            raise TypeError(f"{name} must be a sequence of (inside, outside, count), not {value!r}")
+        lines = [_id_range(name, item) for item in value]
+        if not lines:
+            raise ValueError(f"{name} must not be empty")
+        text = b"".join(lines)
+        yield step, len(text), 0, text
+
+    return steps
+
+
+def _id_range(name: str, value: Any) -> bytes:
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise TypeError(f"{name} must be a sequence of (inside, outside, count), not of {value!r}")
+    inside, outside, count = (_integer(name, number, 0, 2**32 - 1) for number in value)
+    return b"%d %d %d\n" % (inside, outside, count)
 
 
 def _cgroup(name: str, value: Any) -> Iterator[Step]:
@@ -251,6 +282,9 @@ Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 # In the order in which the child does them.
 FIRST: dict[str, Maker] = {
     "fd_map": _fd_map,
+    "namespaces": _namespaces,
+    "uid_map": _id_map(_core.STEP_UID_MAP),
+    "gid_map": _id_map(_core.STEP_GID_MAP),
     "cgroup": _cgroup,
     "oom_score_adj": _oom_score_adj,  # its file is not looked for in another root
     "chroot": _chroot,
@@ -283,6 +317,10 @@ def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
     for name in options:
         if name not in NAMES:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
+    first = _steps(FIRST, options)
+    for name in ("uid_map", "gid_map"):
+        if options.get(name) is not None and not (options.get("namespaces") or 0) & CLONE_NEWUSER:
+            raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
     before_ids, last = _steps(BEFORE_IDS, options), _steps(LAST, options)
     if options.get("rlimits") is not None:
         before_ids = (*_raised_rlimits("rlimits", options["rlimits"]), *before_ids)
@@ -290,7 +328,7 @@ def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
             before_ids, last = _with_process_limit_last(before_ids, last)
     if changes_user and options.get("ambient_capabilities") is not None:
         before_ids += ((_core.STEP_KEEP_CAPABILITIES, 0, 0, None),)
-    return CheckedOptions(_steps(FIRST, options), before_ids, last)
+    return CheckedOptions(first, before_ids, last)
 
 
 def _steps(makers: dict[str, Maker], options: dict[str, Any]) -> tuple[Step, ...]:

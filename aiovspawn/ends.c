@@ -15,6 +15,7 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->parent[i] = ends->child[i] = -1;
         ends->source[i] = SPAWN_INHERIT;
     }
+    ends->go_read = ends->go_write = -1;
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = false;
 }
@@ -32,6 +33,8 @@ void spawn_close_child_ends(struct spawn_ends *ends)
     close_end(&ends->status_write);
     for (int i = 0; i < 3; i++)
         close_end(&ends->child[i]);
+    close_end(&ends->go_read);
+    close_end(&ends->go_write);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -292,6 +295,10 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
         result = open_stdio(request, ends, i);
     if (result >= 0)
         result = open_cgroup(request, ends, ret_op);
+    if (result >= 0 && spawn_awaits_maps(request)) {
+        *ret_op = SPAWN_OPEN_PIPES;
+        result = open_pipe(0, &ends->go_read, &ends->go_write);
+    }
     if (result < 0)
         spawn_close_ends(ends);
     return result < 0 ? result : 0;

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "launch.h"
 #include "hub.h"
+#include "idmap.h"
 #include "probe.h"
 
 #include <errno.h>
@@ -699,6 +700,8 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     }
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
+    if (result == 0 && launch->ends.go_write >= 0)
+        idmap_grant(&block->request, launch->pid, launch->pidfd, launch->ends.go_write);
     spawn_close_child_ends(&launch->ends);
     if (!launch->ends.owns_cgroup)
         spawn_close_cgroup(&launch->ends);

@@ -46,6 +46,7 @@
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
 #define LAST_SIGNAL 64
+#define POLL_ERROR 8
 #define FDS_PER_WORD 64
 #define CLOSE_RANGE_UNSHARE_FLAG 2
 
@@ -90,6 +91,9 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_STDIO] = "stdio",
     [SPAWN_PASS_FD] = "pass_fds",
     [SPAWN_MAP_FD] = "fd_map",
+    [SPAWN_NAMESPACES] = "namespaces",
+    [SPAWN_UID_MAP] = "uid_map",
+    [SPAWN_GID_MAP] = "gid_map",
     [SPAWN_CGROUP] = "cgroup",
     [SPAWN_CHROOT] = "chroot",
     [SPAWN_CHDIR] = "cwd",
@@ -186,6 +190,15 @@ CHILD long child_oom_score(const char *text, long length)
     return result;
 }
 
+/* Waits until the parent has done its part, and learns what came of it. No EINTR: all
+ * signals are blocked. The end of file is the parent's end. */
+CHILD long child_await(long fd)
+{
+    int32_t error = 0;
+    long got = sys_read((int)fd, &error, sizeof error);
+    return got < 0 ? got : got == sizeof error ? -error : -ECANCELED;
+}
+
 /* cgroups(7): 0 stands for the writer. */
 CHILD long child_join_cgroup(int directory)
 {
@@ -262,12 +275,31 @@ CHILD long child_raise_ambient(uint64_t capabilities)
     return result;
 }
 
-/* The parent may have died before: then nobody waits for us. 0: it is not of our pid namespace. */
-CHILD long child_parent_death(long sig, long parent)
+/* Whether all readers of the status pipe have gone. */
+CHILD bool child_is_alone(int status_fd)
+{
+    struct {
+        int fd;
+        short events, found;
+    } pipe;
+    struct {
+        long seconds, nanoseconds;
+    } at_once;
+    pipe.fd = status_fd;
+    pipe.events = pipe.found = 0;
+    at_once.seconds = at_once.nanoseconds = 0;
+    return sys_call(__NR_ppoll, (long)&pipe, 1, (long)&at_once, 0, 0, 0) == 1 && (pipe.found & POLL_ERROR);
+}
+
+/* The parent may have died before: then nobody waits for us. Its pid is 0 from another pid
+ * namespace; there the status pipe tells. */
+CHILD long child_parent_death(const struct spawn_child *child, long sig, long parent)
 {
     long result = sys_call(__NR_prctl, PR_SET_PDEATHSIG, sig, 0, 0, 0, 0);
     long now = sys_call(__NR_getppid, 0, 0, 0, 0, 0, 0);
-    return result < 0 || now == parent || now == 0 ? result : -ESRCH;
+    if (result < 0)
+        return result;
+    return now == parent || (now == 0 && !child_is_alone(child->status_fd)) ? 0 : -ESRCH;
 }
 
 /* A file name of /proc/self/fd, or -1 ("." and ".."). */
@@ -434,6 +466,11 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return child_move(step->a == SPAWN_SAVED ? *saved : step->a, step->b);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
+    case SPAWN_NAMESPACES:
+        return sys_call(__NR_unshare, step->a, 0, 0, 0, 0, 0);
+    case SPAWN_UID_MAP:
+    case SPAWN_GID_MAP:
+        return child_await(step->a);
     case SPAWN_CGROUP:
         return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
     case SPAWN_CHROOT:
@@ -487,7 +524,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_AMBIENT_CAPABILITIES:
         return child_raise_ambient(*(const uint64_t *)step->data);
     case SPAWN_PARENT_DEATH:
-        return child_parent_death(step->a, step->b);
+        return child_parent_death(child, step->a, step->b);
     case SPAWN_NO_NEW_PRIVS:
         return sys_call(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0);
     case SPAWN_SECCOMP:
@@ -542,7 +579,7 @@ static unsigned long rung_flags(enum spawn_rung rung)
 
 static unsigned long clone_flags(const struct spawn_child *child, enum spawn_rung rung)
 {
-    return rung_flags(rung) | (child->shares_fds ? CLONE_FILES : 0);
+    return rung_flags(rung) | child->namespaces | (child->shares_fds ? CLONE_FILES : 0);
 }
 
 /* cgroup: the directory of the one to be born in, or -1. */

@@ -34,6 +34,9 @@ enum spawn_op {
     SPAWN_STDIO,       /* a: fd or SPAWN_SAVED, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
     SPAWN_MAP_FD,      /* a: fd or SPAWN_SAVED, b: its number in the program, >= 3 */
+    SPAWN_NAMESPACES,  /* a: CLONE_NEW* flags; those that clone(2) does not take are the child's step */
+    SPAWN_UID_MAP,     /* in a request a: length, data: text; in the child a: fd to wait at until it is written */
+    SPAWN_GID_MAP,     /* the same */
     SPAWN_CGROUP,      /* in a request a: fd of the directory, or -1 and data: its path; never on a detached rung */
     SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
@@ -115,6 +118,7 @@ struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
     int status_fd;      /* write end of the status pipe, close-on-exec */
     int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
+    uint64_t namespaces; /* flags for the clone */
     bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
     bool shares_fds;    /* until SPAWN_UNSHARE_FDS, CLONE_FILES */
     uint64_t mask;      /* the calling thread's signal mask */
@@ -133,6 +137,7 @@ struct spawn_ends {
     int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
     int child[3];  /* what we opened for the child's fd 0, 1, 2; with a shared table, a duplicate of what it inherits */
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
+    int go_read, go_write; /* for SPAWN_UID_MAP and SPAWN_GID_MAP: an int32_t each, 0 or errno */
     int cgroup;       /* the directory, O_PATH */
     bool owns_cgroup; /* nobody was in it before */
     bool moves_memory; /* see struct spawn_child */
@@ -171,6 +176,7 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 
 enum spawn_rung spawn_best_rung(void);
 bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request);
+bool spawn_awaits_maps(const struct spawn_request *request);
 bool spawn_hides_memory(const struct spawn_request *request);
 const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op);
 

@@ -8,6 +8,11 @@
 #include <errno.h>
 #include <limits.h>
 
+/* linux/sched.h: CLONE_NEWNS, UTS, IPC, USER, PID and NET. Of a new cgroup namespace the root is the
+ * cgroup of whoever makes it, which is the child's only after the clone; CLONE_NEWTIME is a signal's
+ * number to clone(2), and takes effect at the exec. */
+enum { CLONED_NAMESPACES = 0x7c020000 };
+
 #define MODE_TYPE 0170000
 #define MODE_FIFO 0010000
 #define MODE_CHARACTER 0020000
@@ -21,22 +26,30 @@ const struct spawn_step *spawn_find_step(const struct spawn_request *request, en
     return NULL;
 }
 
+/* Whether the child has to wait until we have written the id maps of its user namespace. */
+bool spawn_awaits_maps(const struct spawn_request *request)
+{
+    return spawn_find_step(request, SPAWN_UID_MAP) || spawn_find_step(request, SPAWN_GID_MAP);
+}
+
 /* Whether all steps of the request are the child's alone on this rung. */
 bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
 {
     const struct spawn_step *cgroup = spawn_find_step(request, SPAWN_CGROUP);
     if (spawn_is_detached(rung))
         return !cgroup && !spawn_find_step(request, SPAWN_OOM_SCORE);
+    if (rung == SPAWN_VFORK && spawn_awaits_maps(request))
+        return false; /* we would wait for the child, which waits for us */
     return rung == SPAWN_FORK || !cgroup || !spawn_cgroup_dies_as_one(cgroup);
 }
 
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
-    size_t kept = request->pass_fd_count + request->step_count + 4; /* with 3 sources and the status pipe */
+    size_t kept = request->pass_fd_count + request->step_count + 5; /* with 3 sources and two pipes */
     size_t unsharing = 1 + 1 + 3 + 1;
     size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
-    return 2 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
+    return 3 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
 }
 
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
@@ -68,6 +81,8 @@ static bool is_passed(const struct spawn_request *request, int fd)
 static int next_kept(const struct spawn_request *request, const struct spawn_ends *ends, int above, size_t *next)
 {
     int lowest = ends->status_write > above ? ends->status_write : INT_MAX;
+    if (ends->go_read > above && ends->go_read < lowest)
+        lowest = ends->go_read;
     for (int i = 0; i < 3; i++)
         if (ends->source[i] > above && ends->source[i] < lowest)
             lowest = ends->source[i];
@@ -166,8 +181,8 @@ bool spawn_can_share_fds(const struct spawn_request *request)
     bool ours = request->close_fds && request->pass_fd_count == 0;
     for (int i = 0; i < 3; i++)
         ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
-    size_t i = 0;
-    return ours && !next_mapped(request, &i);
+    /* From a user namespace of its own it could not open our /proc entry. */
+    return ours && !spawn_find_step(request, SPAWN_MAP_FD) && !spawn_find_step(request, SPAWN_NAMESPACES);
 }
 
 /* What the child is to know an fd of ours by; zeros if it is closed. */
@@ -329,6 +344,22 @@ static void add_option(struct spawn_child *child, const struct spawn_step *step)
         child->steps[child->step_count - 1].b = sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0);
 }
 
+/* What comes before all that could depend on it: ids, and what they may open. */
+static void add_namespaces(const struct spawn_request *request, const struct spawn_ends *ends,
+                           struct spawn_child *child)
+{
+    const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
+    child->namespaces = namespaces ? (uint64_t)namespaces->a & CLONED_NAMESPACES : 0;
+    if (ends->go_write >= 0 && !request->close_fds)
+        add_step(child, SPAWN_CLOSE_RANGE, ends->go_write, ends->go_write); /* the end of file is our end */
+    if (spawn_find_step(request, SPAWN_UID_MAP))
+        add_step(child, SPAWN_UID_MAP, ends->go_read, 0);
+    if (spawn_find_step(request, SPAWN_GID_MAP))
+        add_step(child, SPAWN_GID_MAP, ends->go_read, 0);
+    if (namespaces && (namespaces->a & ~CLONED_NAMESPACES))
+        add_step(child, SPAWN_NAMESPACES, namespaces->a & ~CLONED_NAMESPACES, 0);
+}
+
 /* Fills in the table of steps, in the order of CPython's child_exec() but for
  * the closing, which comes first, and the mask, which comes last. */
 void spawn_prepare(const struct spawn_request *request, const struct spawn_ends *ends, enum spawn_rung rung,
@@ -341,6 +372,7 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     child->envp = request->envp;
     child->cgroup = ends->cgroup;
     child->moves_memory = ends->moves_memory;
+    child->namespaces = 0;
     child->step_count = 0;
     if (ends->cgroup >= 0)
         add_step(child, SPAWN_CGROUP, 0, 0); /* its directory is not kept by the closing */
@@ -351,6 +383,7 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     } else {
         if (request->close_fds)
             add_closing(request, ends, child);
+        add_namespaces(request, ends, child);
         add_stdio(request, ends, child);
     }
     for (size_t i = 0; i < request->pass_fd_count; i++)
@@ -363,8 +396,8 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
             mask = step->data;
         else if (step->op == SPAWN_SECCOMP)
             filter = step;
-        else if (step->op != SPAWN_MAP_FD && step->op != SPAWN_CGROUP)
-            add_option(child, step);
+        else if (step->op > SPAWN_CGROUP)
+            add_option(child, step); /* up to that one they have places of their own */
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;

@@ -13,7 +13,7 @@ ROOT = os.geteuid() == 0
 NOBODY = 65534
 
 LOOK = """
-import ctypes, json, os, resource, signal
+import ctypes, json, os, resource, signal, sys
 status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open("/proc/self/status") if ":\\t" in line)
 libc = ctypes.CDLL(None)
 fds = {}
@@ -46,18 +46,32 @@ print(json.dumps({
     "cwd": os.getcwd(),
     "capabilities": {name: int(status["Cap" + name], 16) for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")},
     "fds": fds,
+    "namespaces": sorted(name for name in NAMESPACES if os.readlink("/proc/self/ns/" + name) not in sys.argv),
+    "uid_map": [list(map(int, line.split())) for line in open("/proc/self/uid_map")],
+    "gid_map": [list(map(int, line.split())) for line in open("/proc/self/gid_map")],
+    "pid": os.getpid() if os.getpid() < 2 else None,
     "cgroup": open("/proc/self/cgroup").read(),
 }))
-""".replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31")
+""".replace("IOPRIO_GET", "252" if os.uname().machine == "x86_64" else "31").replace(
+    "NAMESPACES", repr(os.listdir("/proc/self/ns"))
+)
 
 # One that nobody may execute, too.
 PYTHON = next(path for path in ("/usr/bin/python3", sys.executable) if os.access(path, os.X_OK))
 
 
+COMMAND = [
+    PYTHON,
+    "-I",
+    "-S",
+    "-c",
+    LOOK,
+    *(os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")),
+]
+
+
 async def look(**options: Any) -> dict[str, Any]:
-    done = await aiovspawn.run_process(
-        [PYTHON, "-I", "-S", "-c", LOOK], capture_output=True, **({"cwd": "/"} | options)
-    )
+    done = await aiovspawn.run_process(COMMAND, capture_output=True, **({"cwd": "/"} | options))
     assert done.returncode == 0, done.stderr
     seen: dict[str, Any] = json.loads(done.stdout)
     return seen

@@ -1,0 +1,176 @@
+"""Children in namespaces of their own, with the id maps that the parent writes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from look import NOBODY, ROOT, look
+from test_options import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWTIME,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    as_nobody,
+)
+
+import aiovspawn
+from aiovspawn import PIPE, _core
+
+pytestmark = pytest.mark.skipif(not ROOT, reason="most namespaces are root's to make")
+
+EACH = {
+    CLONE_NEWNS: ["mnt"],
+    CLONE_NEWCGROUP: ["cgroup"],
+    CLONE_NEWUTS: ["uts"],
+    CLONE_NEWIPC: ["ipc"],
+    CLONE_NEWUSER: ["user"],
+    CLONE_NEWPID: ["pid", "pid_for_children"],
+    CLONE_NEWNET: ["net"],
+    CLONE_NEWTIME: ["time", "time_for_children"],
+    CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWTIME | CLONE_NEWCGROUP: [
+        *("cgroup", "mnt", "net", "pid", "pid_for_children", "time", "time_for_children")
+    ],
+}
+
+
+def used(before: dict[str, int]) -> list[str]:
+    return [name for name, count in _core.counts()["rungs"].items() if count != before[name]]
+
+
+@pytest.mark.parametrize("flags", EACH, ids=hex)
+async def test_each_is_new(core_rung: str, flags: int) -> None:
+    rung, before = _core.rung(), _core.counts()["rungs"]
+    seen = await look(namespaces=flags)
+    assert seen["namespaces"] == EACH[flags]
+    assert seen["pid"] == (1 if flags & CLONE_NEWPID else None)
+    assert used(before) == [rung]
+    await look()
+    assert _core.rung() == rung
+
+
+async def test_its_cgroup_is_the_root_there(core_rung: str, cgroup: Path) -> None:
+    seen = await look(namespaces=CLONE_NEWCGROUP, cgroup=cgroup)
+    assert "0::/\n" in seen["cgroup"]
+
+
+MAPS: dict[str, Any] = {
+    "uid_map": [(0, 100000, 1000), (5000, 200000, 10)],
+    "gid_map": ((0, 300000, 2000),),
+}
+
+
+async def test_root_of_its_own(core_rung: str) -> None:
+    rung, before = _core.rung(), _core.counts()["rungs"]
+    seen = await look(namespaces=CLONE_NEWUSER | CLONE_NEWUTS, **MAPS, user=0, group=0, extra_groups=[7])
+    assert seen["namespaces"] == ["user", "uts"]
+    assert seen["uid_map"] == [[0, 100000, 1000], [5000, 200000, 10]]
+    assert seen["gid_map"] == [[0, 300000, 2000]]
+    assert seen["uid"] == 0
+    assert seen["capabilities"]["Eff"] == seen["capabilities"]["Bnd"] > 0
+    assert used(before) == ["fork" if rung == "vfork" else rung]  # who waits for its exec cannot write maps
+    await look()
+    assert _core.rung() == rung
+
+
+async def test_another_user_of_its_own(core_rung: str) -> None:
+    process = await aiovspawn.create_subprocess_exec(
+        "sleep", "1000", namespaces=CLONE_NEWUSER, **MAPS, user=5003, group=44, extra_groups=[]
+    )
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert "Uid:\t200003\t200003\t200003\t200003\n" in status
+    assert "Gid:\t300044\t300044\t300044\t300044\n" in status
+    process.kill()
+    await process.wait()
+
+
+async def test_unmapped_user(core_rung: str) -> None:
+    seen = await look(namespaces=CLONE_NEWUSER)
+    assert (seen["uid"], seen["uid_map"]) == (NOBODY, [])
+
+
+@pytest.mark.parametrize("keywords", [{}, {"close_fds": False}, {"stdin": PIPE, "stderr": PIPE}], ids=str)
+async def test_without_privileges(keywords: dict[str, Any]) -> None:
+    """One's own ids can be mapped, by whoever has no other."""
+    code = (
+        "done = await aiovspawn.run_process(['/usr/bin/id', '-u'], stdout=-1, namespaces=0x10000000,\n"
+        "    uid_map=[(0, 65534, 1)], gid_map=[(0, 65534, 1)], **KEYWORDS)\n"
+        "assert done.stdout == b'0\\n'\n"
+        "done = await aiovspawn.run_process(['/bin/cat', '/proc/self/setgroups'], stdout=-1,\n"
+        "    namespaces=0x10000000, gid_map=[(0, 65534, 1)], **KEYWORDS)\n"
+        "assert done.stdout == b'deny\\n'\n"
+        "print('done', aiovspawn._core.rung())"
+    ).replace("KEYWORDS", repr(keywords))
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
+    assert done.stdout == b"done detached-clone3\n", done.stderr
+
+
+async def test_unshare_without_privileges_does_not_step_down(core_rung: str) -> None:
+    """EPERM speaks of the namespace, not of the rung; and no fork is tried for it."""
+    code = (
+        "try:\n"
+        "    await aiovspawn.run_process(['/bin/true'], namespaces=0x40000000)\n"
+        "except PermissionError as exc:\n"
+        "    assert \"'namespaces'\" in exc.__notes__[0], exc.__notes__\n"
+        "assert not any(aiovspawn._core.counts()['rungs'].values())\n"
+        "await aiovspawn.run_process(['/bin/true'])\n"
+        "print(aiovspawn._core.rung())"
+    )
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
+    assert done.stdout == b"detached-clone3\n", done.stderr
+
+
+async def test_many_at_once(core_rung: str) -> None:
+    options = dict(namespaces=CLONE_NEWUSER | CLONE_NEWPID, **MAPS, user=0)
+    runs = [aiovspawn.run_process(["/bin/sh", "-c", "echo $$"], stdout=PIPE, **options) for _ in range(64)]
+    assert {done.stdout for done in await asyncio.gather(*runs)} == {b"1\n"}
+
+
+async def test_cancelled_while_it_waits_for_its_maps(core_rung: str) -> None:
+    for turns in range(4):
+        task = asyncio.ensure_future(
+            aiovspawn.create_subprocess_exec("sleep", "1000", namespaces=CLONE_NEWUSER, **MAPS)
+        )
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+async def test_signals_to_the_first_process(core_rung: str) -> None:
+    process = await aiovspawn.create_subprocess_exec("sleep", "1000", namespaces=CLONE_NEWPID)
+    process.kill()
+    assert await process.wait() == -signal.SIGKILL
+
+
+async def test_parent_death_signal_from_another_pid_namespace(core_rung: str) -> None:
+    seen = await look(namespaces=CLONE_NEWPID, parent_death_signal=signal.SIGUSR1)
+    assert seen["parent_death_signal"] == signal.SIGUSR1
+
+
+@pytest.mark.parametrize("keywords", [{}, {"close_fds": False}], ids=str)
+def test_child_that_waits_goes_with_its_parent(python: list[str], keywords: dict[str, Any]) -> None:
+    """A filter kills the parent between the clone and the maps."""
+    code = f"""
+import asyncio, aiovspawn, seccomp
+async def main():
+    await aiovspawn.run_process(["/bin/true"])
+    seccomp.FILTERS["deadly"] = [*seccomp.refuse(424, 0)[:2], (seccomp.RETURN, 0, 0, 0x80000000)]
+    seccomp.install("deadly")  # pidfd_send_signal()
+    maps = dict(namespaces={CLONE_NEWUSER}, uid_map=[(0, 0, 1)])
+    await aiovspawn.run_process(["sleep", "1000"], **maps, **{keywords})
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [*python, "-c", code], stdout=subprocess.PIPE, timeout=30, cwd=Path(__file__).parent
+    )
+    assert done.returncode == -signal.SIGSYS  # and nobody holds the pipe
