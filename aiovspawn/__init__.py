@@ -10,6 +10,7 @@ from ._options import Capability, Options
 from ._process import Process, create_subprocess_exec, create_subprocess_shell
 from ._run import CompletedProcess, OutputLimitExceeded, run_process
 from ._scope import open_process
+from ._terminal import Terminal
 
 __all__ = [
     "DEVNULL",
@@ -23,6 +24,7 @@ __all__ = [
     "Options",
     "OutputLimitExceeded",
     "Process",
+    "Terminal",
     "attach",
     "create_subprocess_exec",
     "create_subprocess_shell",

@@ -486,6 +486,22 @@ static PyObject *Launch_kill_cgroup(LaunchObject *self, PyObject *Py_UNUSED(unus
     return PyBool_FromLong(result == 0);
 }
 
+/* resize(rows, columns) */
+static PyObject *Launch_resize(LaunchObject *self, PyObject *args)
+{
+    int rows, columns;
+    if (!PyArg_ParseTuple(args, "ii:resize", &rows, &columns))
+        return NULL;
+    if (rows < 0 || rows > USHRT_MAX || columns < 0 || columns > USHRT_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "rows and columns must be 0 to 65535");
+        return NULL;
+    }
+    int result = launch_resize(self->launch, (unsigned short)rows, (unsigned short)columns);
+    if (result < 0)
+        return raise_errno(result);
+    Py_RETURN_NONE;
+}
+
 static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *argument)
 {
     int keep = PyObject_IsTrue(argument);
@@ -620,6 +636,7 @@ static PyMethodDef Launch_methods[] = {
     {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
     {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
     {"kill_cgroup", (PyCFunction)Launch_kill_cgroup, METH_NOARGS, NULL},
+    {"resize", (PyCFunction)Launch_resize, METH_VARARGS, NULL},
     {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
     {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
     {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
@@ -1034,6 +1051,7 @@ static int add_steps(PyObject *module)
         {"STEP_NAMESPACES", SPAWN_NAMESPACES},
         {"STEP_UID_MAP", SPAWN_UID_MAP},
         {"STEP_GID_MAP", SPAWN_GID_MAP},
+        {"STEP_PTY", SPAWN_PTY},
         {"STEP_CGROUP", SPAWN_CGROUP},
         {"STEP_CHROOT", SPAWN_CHROOT},
         {"STEP_CHDIR", SPAWN_CHDIR},

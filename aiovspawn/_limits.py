@@ -44,7 +44,7 @@ def check_grace(terminate_grace: float) -> None:
 
 def lead_group(keywords: dict[str, Any]) -> None:
     """Let the process lead a group of its own, unless its keywords say in which it is."""
-    leads = keywords.get("start_new_session") or keywords.get("controlling_terminal")
+    leads = any(map(keywords.get, ("start_new_session", "controlling_terminal", "pty")))
     if not leads and keywords.get("process_group") is None:
         keywords["process_group"] = 0
 

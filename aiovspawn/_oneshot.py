@@ -19,7 +19,7 @@ from typing import Any
 from ._attempts import Attempts
 from ._hub import EXCEEDED, EXECED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
-from ._request import Request, launch_error, make_request, plain_request
+from ._request import TERMINAL, Request, launch_error, make_request, plain_request
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -363,6 +363,8 @@ def start_one_shot(
         request = make_request(
             args, by_popen, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
         )
+        if request.stdio[0] == TERMINAL:
+            raise ValueError("pty: a terminal is served by whoever has the process: open_process()")
     else:
         request = plain_request(args, shell, *stdio)
     return OneShot(hub, loop, request, input, limits)

@@ -74,6 +74,10 @@ class Options(TypedDict, total=False):
     """{number in the program: file descriptor of the parent}, in any order, also exchanged; beside
     pass_fds, which keeps the numbers. 0, 1 and 2 where stdin, stdout and stderr are not given. dup2(2)."""
 
+    pty: bool | tuple[int, int]
+    """A new terminal for stdin and stdout, and for stderr if that is not given, which are then None;
+    it is the controlling one of a new session. (rows, columns); True: (24, 80). Not for
+    run_process(); for the others the terminal is Process.pty. pty(7)."""
     namespaces: int
     """New namespaces for the program, os.CLONE_NEW... together; with CLONE_NEWPID it is number 1 in
     there. clone(2), namespaces(7)."""

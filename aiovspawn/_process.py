@@ -10,6 +10,7 @@ from asyncio.subprocess import SubprocessStreamProtocol
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._launch import subprocess_exec, subprocess_shell
+from ._terminal import Terminal
 
 if TYPE_CHECKING:
     from ._transport import SubprocessTransport
@@ -39,6 +40,20 @@ class Process(asyncio.subprocess.Process):
 
     # What the base class sets; a delegated launch has the loop's own transport here.
     _transport: SubprocessTransport
+
+    pty: Terminal | None = None
+    """The program's terminal, where pty= has given it one; stdin and stdout are None then."""
+
+    def __init__(
+        self,
+        transport: asyncio.SubprocessTransport,
+        protocol: SubprocessStreamProtocol,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        super().__init__(transport, protocol, loop)
+        if self.stdin is not None and self.stdout is not None and getattr(transport, "has_terminal", bool)():
+            self.pty = Terminal(self._transport, self.stdout, self.stdin)
+            self.stdin = self.stdout = None
 
     @property
     def returncode(self) -> int | None:

@@ -26,6 +26,7 @@ StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]
 INHERIT = -4
 """In the stdio plan: the child has the parent's. The other values below zero are subprocess's."""
 BAD_FD = -5
+TERMINAL = -6
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 DEFAULT_STEPS: tuple[Step, ...] = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)
@@ -86,13 +87,14 @@ def make_request(
 
     by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself.
     """
-    checked = NO_OPTIONS
+    checked, terminal = NO_OPTIONS, False
     if options:
         checked = option_steps(options, user is not None)
         if options.get("fd_map"):
             stdin, stdout, stderr = map_stdio(options["fd_map"], (stdin, stdout, stderr))
             _reject_mapped(options["fd_map"], pass_fds)
-        start_new_session = start_new_session or options.get("controlling_terminal") is True
+        terminal = bool(options.get("pty"))
+        start_new_session = start_new_session or terminal or options.get("controlling_terminal") is True
     if stdout == STDOUT:
         raise ValueError("STDOUT can only be used for stderr")
     pipe_size = -1 if pipesize is None else pipesize
@@ -107,7 +109,7 @@ def make_request(
         raise ValueError("creationflags is only supported on Windows platforms")
 
     ids = () if user is group is extra_groups is None else _id_steps(user, group, extra_groups)
-    stdio = _stdio_plan(stdin, stdout, stderr)
+    stdio = _terminal_plan(stdin, stdout, stderr) if terminal else _stdio_plan(stdin, stdout, stderr)
     popen = None
     if preexec_fn is not None or by_popen:
         reject_options(options, "cannot be had where subprocess.Popen launches, as it does for preexec_fn")
@@ -284,6 +286,12 @@ def _stdio_plan(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, int]:
         return child_in, child_out, sys.__stdout__.fileno()
     child_err = STDOUT if stderr == STDOUT else _stdio_source(stderr)
     return child_in, child_out, child_err
+
+
+def _terminal_plan(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, int]:
+    if stdin is not None or stdout is not None:
+        raise ValueError("pty: it is stdin and stdout, which are given too")
+    return TERMINAL, TERMINAL, TERMINAL if stderr is None or stderr == STDOUT else _stdio_source(stderr)
 
 
 def _stdio_source(value: Any) -> int:

@@ -46,9 +46,10 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
 
     When the block is left, in whatever way, the process is ended and reaped and its
     pipes are closed. It is first asked to go by the end of its stdin, if that is a
-    pipe, then by SIGTERM, then killed, with the grace after each; with a grace of 0 it
-    is killed at once. What it still writes is dropped. Cancelled meanwhile, it is
-    killed at once. Entering raises what create_subprocess_exec() raises.
+    pipe, or by a hang-up of its terminal, then by SIGTERM, then killed, with the grace
+    after each; with a grace of 0 it is killed at once. What it still writes is dropped.
+    Cancelled meanwhile, it is killed at once. Entering raises what
+    create_subprocess_exec() raises.
     """
 
     def __init__(
@@ -110,6 +111,8 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
         transport = self._process._transport
         if self._process.stdin is not None:
             self._process.stdin.close()
+        if self._process.pty is not None:
+            self._process.pty.close()
         protocol = transport.get_protocol()
         if protocol is not None:
             transport.set_protocol(_Discard(protocol))  # type: ignore[arg-type]
@@ -121,7 +124,8 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
     async def _ask(self) -> None:
         if self._grace == 0:
             return
-        if self._process.stdin is not None and await self._exited(self._grace):
+        asked = self._process.stdin is not None or self._process.pty is not None
+        if asked and await self._exited(self._grace):
             return
         self._signal(signal.SIGTERM)
         await self._exited(self._grace)

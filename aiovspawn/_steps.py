@@ -31,6 +31,8 @@ class CheckedOptions:
 
 NO_OPTIONS = CheckedOptions()
 
+DEFAULT_SIZE = 24, 80
+"""Rows and columns of a terminal."""
 NAMESPACES = 0x7E020080
 """os.CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWCGROUP, NEWTIME; os has them from 3.12 on."""
 CLONE_NEWUSER = 0x10000000
@@ -107,6 +109,12 @@ def _path(name: str, value: Any) -> bytes:
     if b"\0" in path:
         raise ValueError(f"{name}: embedded null byte")
     return path + b"\0"
+
+
+def _pty(name: str, value: Any) -> Iterator[Step]:
+    if value is not False:
+        rows, columns = DEFAULT_SIZE if value is True else _pair(name, value)
+        yield _core.STEP_PTY, _integer(name, rows, 0, 2**16 - 1), _integer(name, columns, 0, 2**16 - 1), None
 
 
 def _namespaces(name: str, value: Any) -> Iterator[Step]:
@@ -282,6 +290,7 @@ Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
 # In the order in which the child does them.
 FIRST: dict[str, Maker] = {
     "fd_map": _fd_map,
+    "pty": _pty,
     "namespaces": _namespaces,
     "uid_map": _id_map(_core.STEP_UID_MAP),
     "gid_map": _id_map(_core.STEP_GID_MAP),
@@ -318,6 +327,8 @@ def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
         if name not in NAMES:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
     first = _steps(FIRST, options)
+    if options.get("pty"):
+        options = options | {"controlling_terminal": True}
     for name in ("uid_map", "gid_map"):
         if options.get(name) is not None and not (options.get("namespaces") or 0) & CLONE_NEWUSER:
             raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")

@@ -33,7 +33,7 @@ from ._hub import EXECED, EXITED, FAILED, LoopHub
 from ._limits import KILL_TIMEOUT, warn_of_survivor
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
-from ._request import Request, launch_error, make_request
+from ._request import TERMINAL, Request, launch_error, make_request
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 
@@ -80,7 +80,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._pipes: dict[int, ReadPipe | WritePipe] = {
             fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
             for fd, plan in enumerate(request.stdio)
-            if plan == PIPE
+            if plan == PIPE or (plan == TERMINAL and fd < 2)
         }
         if request.popen is None:
             self._hub.await_verdict()
@@ -316,6 +316,14 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     def signal_group(self, signal: int) -> None:
         """Send a signal to the process group that the child leads."""
         self._launch.signal_group(signal)
+
+    def has_terminal(self) -> bool:
+        """Whether pipes 0 and 1 are the two directions of a pty."""
+        return self._request.stdio[0] == TERMINAL
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the pty its size."""
+        self._launch.resize(rows, columns)
 
     def kill_tree(self) -> str:
         """Kill the child's own cgroup, else its process group, else the child; returns which."""

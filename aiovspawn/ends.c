@@ -7,6 +7,7 @@
 #include "sys.h"
 
 #include <errno.h>
+#include <asm/ioctls.h>
 
 void spawn_ends_init(struct spawn_ends *ends)
 {
@@ -15,6 +16,7 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->parent[i] = ends->child[i] = -1;
         ends->source[i] = SPAWN_INHERIT;
     }
+    ends->terminal = false;
     ends->go_read = ends->go_write = -1;
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = false;
@@ -122,6 +124,35 @@ static int open_devnull(struct spawn_ends *ends, int i)
     return 0;
 }
 
+/* pty(7), ioctl_tty(2). The slave is opened through the master, whatever is mounted where
+ * we are, and belongs to the program's user, as a login's does. Two fds for the master:
+ * one is closed with the input, the other with the output. */
+static int open_terminal(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+{
+    const struct spawn_step *step = spawn_find_step(request, SPAWN_PTY);
+    const struct spawn_step *user = spawn_find_step(request, SPAWN_SETUID);
+    int unlocked = 0;
+    if (!step)
+        return 0;
+    *ret_op = SPAWN_PTY;
+    ends->terminal = true;
+    int flags = O_RDWR | O_NOCTTY | O_CLOEXEC, *master = &ends->parent[1];
+    *master = spawn_raise_fd((int)sys_openat(AT_FDCWD, "/dev/ptmx", flags | O_NONBLOCK));
+    if (*master < 0)
+        return *master;
+    const unsigned short size[4] = {(unsigned short)step->a, (unsigned short)step->b, 0, 0};
+    long result = sys_call(__NR_ioctl, *master, TIOCSPTLCK, (long)&unlocked, 0, 0, 0);
+    if (result >= 0)
+        result = sys_call(__NR_ioctl, *master, TIOCSWINSZ, (long)size, 0, 0, 0);
+    if (result >= 0)
+        result = ends->parent[0] = (int)sys_fcntl(*master, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
+    if (result >= 0)
+        result = ends->child[0] = spawn_raise_fd((int)sys_call(__NR_ioctl, *master, TIOCGPTPEER, flags, 0, 0, 0));
+    if (result >= 0 && user)
+        (void)sys_call(__NR_fchown, ends->child[0], user->a, -1, 0, 0, 0);
+    return (int)result;
+}
+
 static int open_stdio(const struct spawn_request *request, struct spawn_ends *ends, int i)
 {
     int plan = request->stdio[i];
@@ -132,6 +163,9 @@ static int open_stdio(const struct spawn_request *request, struct spawn_ends *en
         return open_stdio_pipe(ends, i, request->pipe_size);
     case SPAWN_DEVNULL:
         return open_devnull(ends, i);
+    case SPAWN_TERMINAL:
+        ends->source[i] = ends->child[0];
+        return 0;
     case SPAWN_STDOUT:
         ends->source[i] = ends->source[1] == SPAWN_INHERIT ? 1 : ends->source[1];
         return 0;
@@ -291,6 +325,8 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
     result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
     if (result == 0)
         result = move_unmapped(request, &ends->status_write);
+    if (result >= 0)
+        result = open_terminal(request, ends, ret_op);
     for (int i = 0; i < 3 && result >= 0; i++)
         result = open_stdio(request, ends, i);
     if (result >= 0)

@@ -172,18 +172,20 @@ static void drain_output(struct hub *hub, struct launch *launch, enum launch_slo
         event->data = data;
         event->size = total;
     }
-    if (size == 0)
+    if (size == 0 || (size < 0 && errno == EIO && launch->ends.terminal)) /* nobody has the terminal open */
         end_of_file(hub, launch, slot, 0);
     else if (size < 0 && errno != EAGAIN && errno != EINTR)
         end_of_file(hub, launch, slot, errno);
 }
 
-/* A broken pipe would be reported for ever: told once, then no longer watched. */
+/* A broken pipe, or a terminal that nobody has open, would be reported for ever: told once,
+ * then no longer watched. */
 static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
 {
-    if (events & EPOLLERR)
+    bool broken = events & (EPOLLERR | EPOLLHUP);
+    if (broken)
         hub_unwatch_locked(launch, LAUNCH_STDIN);
-    (void)add_event(hub, launch, HUB_STDIN, events & EPOLLERR ? EPOLLERR : EPOLLOUT);
+    (void)add_event(hub, launch, HUB_STDIN, broken ? EPOLLERR : EPOLLOUT);
 }
 
 static void drain_one(struct hub *hub, const struct epoll_event *ready)

@@ -898,6 +898,17 @@ int launch_kill_cgroup(struct launch *launch)
     return result;
 }
 
+/* Tells the terminal its size, and with SIGWINCH who is in its foreground. ioctl_tty(2). */
+int launch_resize(struct launch *launch, unsigned short rows, unsigned short columns)
+{
+    const struct winsize size = {.ws_row = rows, .ws_col = columns};
+    launch_lock();
+    int fd = launch->ends.parent[LAUNCH_STDOUT] >= 0 ? launch->ends.parent[LAUNCH_STDOUT] : launch->ends.parent[LAUNCH_STDIN];
+    int result = !launch->ends.terminal ? -ENOTTY : ioctl(fd, TIOCSWINSZ, &size) < 0 ? -errno : 0;
+    launch_unlock();
+    return result;
+}
+
 /* Keeps the pidfd until the launch is closed, for launch_signal_group(); or no longer
  * than until the child has been reaped. */
 void launch_keep_pidfd(struct launch *launch, bool keep)

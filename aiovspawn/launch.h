@@ -117,6 +117,7 @@ void launch_kept(struct launch *launch, int ret_fds[3]);
 int launch_signal(struct launch *launch, int sig);
 int launch_signal_group(struct launch *launch, int sig);
 int launch_kill_cgroup(struct launch *launch);
+int launch_resize(struct launch *launch, unsigned short rows, unsigned short columns);
 void launch_keep_pidfd(struct launch *launch, bool keep);
 ssize_t launch_write(struct launch *launch, const void *data, size_t size);
 ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size);

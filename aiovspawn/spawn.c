@@ -94,6 +94,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_NAMESPACES] = "namespaces",
     [SPAWN_UID_MAP] = "uid_map",
     [SPAWN_GID_MAP] = "gid_map",
+    [SPAWN_PTY] = "pty",
     [SPAWN_CGROUP] = "cgroup",
     [SPAWN_CHROOT] = "chroot",
     [SPAWN_CHDIR] = "cwd",
@@ -535,6 +536,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
         return child_exec(child);
     case SPAWN_OPEN_PIPES:
     case SPAWN_CLONE:
+    case SPAWN_PTY:
     case SPAWN_SIGMASK:
     case SPAWN_OPS:
         break;

@@ -37,6 +37,7 @@ enum spawn_op {
     SPAWN_NAMESPACES,  /* a: CLONE_NEW* flags; those that clone(2) does not take are the child's step */
     SPAWN_UID_MAP,     /* in a request a: length, data: text; in the child a: fd to wait at until it is written */
     SPAWN_GID_MAP,     /* the same */
+    SPAWN_PTY,         /* in the parent a: rows, b: columns of a new pty */
     SPAWN_CGROUP,      /* in a request a: fd of the directory, or -1 and data: its path; never on a detached rung */
     SPAWN_CHROOT,      /* data: path; the working directory is its root then */
     SPAWN_CHDIR,       /* data: path */
@@ -86,6 +87,7 @@ enum {
     SPAWN_STDOUT = -2,
     SPAWN_DEVNULL = -3,
     SPAWN_INHERIT = -4,
+    SPAWN_TERMINAL = -6, /* the slave of the new pty */
     SPAWN_BAD_FD = -5, /* any other negative number: the child's dup fails */
 };
 
@@ -137,6 +139,7 @@ struct spawn_ends {
     int parent[3]; /* parent end of the pipe on the child's fd 0, 1, 2 */
     int child[3];  /* what we opened for the child's fd 0, 1, 2; with a shared table, a duplicate of what it inherits */
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
+    bool terminal; /* parent[0] and parent[1] are the master of a pty, for writing and for reading */
     int go_read, go_write; /* for SPAWN_UID_MAP and SPAWN_GID_MAP: an int32_t each, 0 or errno */
     int cgroup;       /* the directory, O_PATH */
     bool owns_cgroup; /* nobody was in it before */

@@ -180,7 +180,7 @@ bool spawn_can_share_fds(const struct spawn_request *request)
 {
     bool ours = request->close_fds && request->pass_fd_count == 0;
     for (int i = 0; i < 3; i++)
-        ours = ours && request->stdio[i] < 0 && request->stdio[i] != SPAWN_BAD_FD;
+        ours = ours && request->stdio[i] < 0 && request->stdio[i] > SPAWN_BAD_FD;
     /* From a user namespace of its own it could not open our /proc entry. */
     return ours && !spawn_find_step(request, SPAWN_MAP_FD) && !spawn_find_step(request, SPAWN_NAMESPACES);
 }

@@ -17,7 +17,7 @@ import pytest
 from aiovspawn import _core
 
 Events = deque[tuple[int, int, Any]]
-INHERIT, PIPE = -4, -1
+INHERIT, PIPE, TERMINAL = -4, -1, -6
 
 
 @pytest.fixture
@@ -300,6 +300,19 @@ def kill_cgroup(hub: _core.Hub) -> None:
         assert not child.kill_cgroup()
 
 
+def resize(hub: _core.Hub) -> None:
+    steps = ((_core.STEP_PTY, 24, 80, None), (_core.STEP_SETSID, 0, 0, None))
+    child = launch(hub, b"/bin/cat", stdio=(TERMINAL,) * 3, steps=steps)
+    child.resize(1, 2)
+    with pytest.raises(OverflowError):
+        child.resize(-1, 0)
+    child.close_pipe(0)
+    child.close_pipe(1)
+    with pytest.raises(OSError, match="Bad file"):
+        child.resize(1, 2)
+    wait(hub)
+
+
 LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
@@ -318,6 +331,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.signal_group": signal_group,
     "Launch.keep_pidfd": signal_group,
     "Launch.kill_cgroup": kill_cgroup,
+    "Launch.resize": resize,
     "Launch.write": write,
     "Launch.watch": write,
     "Launch.close_pipe": write,

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -380,10 +381,36 @@ def test_the_table_is_read() -> None:
     assert len(idioms()) == 22
 
 
-def test_each_option_is_documented() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
-    for name in aiovspawn.Options.__annotations__:
-        assert f"`{name}=" in text
+READ_BACK_ELSEWHERE = {
+    "rlimits": "test_options.py",
+    "ignore_signals": "test_options.py",
+    "seccomp": "test_options.py",
+    "controlling_terminal": "test_options.py",
+    "chroot": "test_options.py",
+    "securebits": "test_options.py",
+    "oom_score_adj": "test_options.py",
+    "fd_map": "test_fd_map.py",
+    "drop_capabilities": "test_options.py",
+    "ambient_capabilities": "test_options.py",
+    "cgroup": "test_cgroups.py",
+    "namespaces": "test_namespaces.py",
+    "uid_map": "test_namespaces.py",
+    "gid_map": "test_namespaces.py",
+    "pty": "test_pty.py",
+}
+"""Options whose rows take a fixture, or root, and the file with their tests."""
+
+
+@pytest.mark.parametrize("name", aiovspawn.Options.__annotations__)
+def test_each_option_has_its_rows(name: str) -> None:
+    """One that it is read back by, one that is an error, and a line in the documentation."""
+    folder = Path(__file__).parent
+    if name in READ_BACK_ELSEWHERE:
+        assert re.search(rf"\b{name}(=|\":)", (folder / READ_BACK_ELSEWHERE[name]).read_text())
+    else:
+        assert any(name in options for options, _, _ in EACH)
+    assert any(name in options for options, _ in (*WRONG, *KERNEL_REFUSES)), "an error"
+    assert f"`{name}=" in (folder.parent / "docs" / "options.md").read_text()
 
 
 @pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
@@ -631,6 +658,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
     ({"drop_capabilities": [64]}, ValueError),
     ({"ambient_capabilities": [-1]}, ValueError),
     ({"ambient_capabilities": 0.5}, TypeError),
+    ({"pty": 80}, TypeError),
+    ({"pty": (24, 80, 0)}, TypeError),
+    ({"pty": (24, 2**16)}, ValueError),
+    ({"pty": (-1, 80)}, ValueError),
     ({"namespaces": "user"}, TypeError),
     ({"namespaces": 1}, ValueError),
     ({"namespaces": -1}, ValueError),

@@ -6,10 +6,13 @@ import os
 import subprocess
 
 import pytest
-from conftest import CORE_RUNGS
+from conftest import CORE_RUNGS, mount_point
+
+import aiovspawn
 
 STATE = """
-import asyncio, contextlib, ctypes, gc, os, random, signal, threading, time, warnings, aiovspawn
+import asyncio, contextlib, ctypes, fcntl, gc, os, random, struct, signal, threading, time
+import warnings, aiovspawn
 import aiovspawn._transport
 from aiovspawn import DEVNULL, PIPE, STDOUT, _core
 
@@ -31,10 +34,11 @@ def state():
     gc.collect()
     while _core.reap_orphans():
         pass
+    capabilities = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
     names = ("Umask", "Groups", "Uid", "Gid", "SigIgn", "SigCgt", "NoNewPrivs", "Seccomp", "Threads")
     return {
         "process": fields("/proc/self/status", names),
-        "masks": {task: fields(f"/proc/self/task/{task}/status", ("SigBlk", "SigPnd", "CapEff"))
+        "masks": {task: fields(f"/proc/self/task/{task}/status", ("SigBlk", "SigPnd", *capabilities))
                   for task in os.listdir("/proc/self/task")},
         "nice": {task: os.getpriority(os.PRIO_PROCESS, int(task)) for task in os.listdir("/proc/self/task")},
         "affinity": os.sched_getaffinity(0),
@@ -48,12 +52,21 @@ def state():
         "cwd": os.getcwd(), "root": os.readlink("/proc/self/root"),
         "fds": dict(open_fds()),
         "sessions": (os.getsid(0), os.getpgid(0)),
+        "namespaces": sorted(os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")),
+        "id maps": text("/proc/self/uid_map") + text("/proc/self/gid_map") + text("/proc/self/setgroups"),
+        "cgroup": text("/proc/self/cgroup"),
+        "terminals": len(os.listdir("/dev/pts")),
+        "flags": [fcntl.fcntl(fd, fcntl.F_GETFL) for fd in (0, 1, 2, EXTRA)],
         "children": text(f"/proc/self/task/{os.getpid()}/children"),
         "counts": {name: _core.counts()[name] for name in ("launches", "orphans", "in_flight")},
     }
 
 ROOT = os.geteuid() == 0
 EXTRA, EXTRA_WRITE = os.pipe()
+UID, USER, ALL_BUT_NET = os.getuid(), 0x10000000, 0x2e020080
+ALLOW = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)
+DENY = struct.pack("HBBI", 6, 0, 0, 0x00050001)
+CGROUP = os.environ["CGROUP"]
 """
 
 MIXED = """
@@ -67,9 +80,20 @@ OPTIONS = [
     dict(ignore_signals={12, 41}), dict(rlimits={7: (40, 40)}, nice=1, no_new_privs=True, sigmask={1}),
     dict(pipesize=65536, stdout=PIPE), dict(cwd="/nonexistent"), dict(executable="/nonexistent"),
     dict(stdout=PIPE, umask=0o77, cwd="/usr", process_group=0),
+    dict(fd_map={9: EXTRA, EXTRA: EXTRA_WRITE, EXTRA_WRITE: EXTRA}), dict(fd_map={1: EXTRA_WRITE, 8: 1}),
+    dict(pty=True), dict(pty=(5, 6), stderr=PIPE), dict(seccomp=ALLOW, no_new_privs=True),
+    dict(seccomp=DENY, no_new_privs=True, executable="/nonexistent"),
+    dict(namespaces=USER, uid_map=[(0, UID, 1)]),
+    dict(namespaces=USER, uid_map=[(0, UID, 1)], gid_map=[(5, os.getgid(), 1)]), dict(namespaces=USER),
+    dict(stdout=2, stderr=1), dict(controlling_terminal=True, stdin=EXTRA),
 ]
 if ROOT:
-    OPTIONS += [dict(user=65534), dict(group=65534, extra_groups=[1, 2]), dict(user=1, group=1, stdout=PIPE)]
+    OPTIONS += [dict(user=65534), dict(group=65534, extra_groups=[1, 2]), dict(user=1, group=1, stdout=PIPE),
+                dict(chroot="/"), dict(chroot="/nonexistent"), dict(securebits=4), dict(user=1, pty=True),
+                dict(drop_capabilities=[13, 21]), dict(ambient_capabilities=[13], user=65534),
+                dict(namespaces=ALL_BUT_NET), dict(namespaces=USER, uid_map=[(0, 9000, 99)], user=0, group=0)]
+if CGROUP:
+    OPTIONS += [dict(cgroup=CGROUP), dict(cgroup=CGROUP, user=1) if ROOT else dict(cgroup=CGROUP, nice=1)]
 
 async def one(number):
     chance = random.Random(number)
@@ -83,10 +107,13 @@ async def one(number):
         process = await launch
     except (OSError, asyncio.CancelledError):
         return
+    if "pty" in keywords:
+        await process.pty.read()
     if fate > 0.9:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-    assert await process.wait() in (3, -9)
+    denied = keywords.get("seccomp") == DENY  # its exit, too
+    assert await process.wait() in (3, -9, -4 if denied else 3), keywords
     process._transport.close()
 
 async def main(count):
@@ -98,9 +125,22 @@ async def main(count):
 """
 
 
+@pytest.fixture
+def cgroup_or_none(request: pytest.FixtureRequest) -> str:
+    """A control group's directory, or "" where there is none to be had."""
+    return str(request.getfixturevalue("cgroup")) if mount_point("cgroup2", "rw") else ""
+
+
+def test_every_option_is_among_them() -> None:
+    for name in aiovspawn.Options.__annotations__:
+        assert f"{name}=" in MIXED
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rung", CORE_RUNGS)
-def test_parent_is_unchanged_after_2000_mixed_launches(python: list[str], rung: str) -> None:
+def test_parent_is_unchanged_after_2000_mixed_launches(
+    python: list[str], rung: str, cgroup_or_none: str
+) -> None:
     code = """
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 aiovspawn.run(main(50))
@@ -110,13 +150,13 @@ after = state()
 assert after == before, [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 os._exit(0)
 """
-    environment = os.environ | {"AIOVSPAWN_RUNG": rung}
+    environment = os.environ | {"AIOVSPAWN_RUNG": rung, "CGROUP": cgroup_or_none}
     subprocess.run([*python, "-c", STATE + MIXED + code], check=True, timeout=300, env=environment)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rung", CORE_RUNGS)
-def test_fork_storm_beside_2000_launches(python: list[str], rung: str) -> None:
+def test_fork_storm_beside_2000_launches(python: list[str], rung: str, cgroup_or_none: str) -> None:
     """Forked children live on for a while: what they hold open, nobody may wait for."""
     code = """
 warnings.simplefilter("ignore", DeprecationWarning)
@@ -150,5 +190,5 @@ for pid in forked:
 after = state()
 assert after == before, [(name, before[name], after[name]) for name in before if before[name] != after[name]]
 """
-    environment = os.environ | {"AIOVSPAWN_RUNG": rung}
+    environment = os.environ | {"AIOVSPAWN_RUNG": rung, "CGROUP": cgroup_or_none}
     subprocess.run([*python, "-c", STATE + MIXED + code], check=True, timeout=300, env=environment)
