@@ -10,7 +10,6 @@ import asyncio
 import errno
 import importlib
 import os
-import subprocess
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
@@ -133,57 +132,42 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def _reject_text(universal_newlines: bool, bufsize: int, text: Any, encoding: Any, errors: Any) -> None:
+def _reject_text(keywords: dict[str, Any]) -> None:
     """Reject what asyncio's subprocess_exec() and subprocess_shell() reject, in their words."""
-    if universal_newlines:
+    if keywords.pop("universal_newlines", False):
         raise ValueError("universal_newlines must be False")
-    if bufsize != 0:
+    if keywords.pop("bufsize", 0) != 0:
         raise ValueError("bufsize must be 0")
-    if text:
+    if keywords.pop("text", None):
         raise ValueError("text must be False")
-    if encoding is not None:
+    if keywords.pop("encoding", None) is not None:
         raise ValueError("encoding must be None")
-    if errors is not None:
+    if keywords.pop("errors", None) is not None:
         raise ValueError("errors must be None")
+
+
+TEXT_KEYWORDS = frozenset(("universal_newlines", "bufsize", "text", "encoding", "errors"))
+
+
+# Keywords come as a dict: by name, each level would compare each option with all of its parameters.
 
 
 def subprocess_exec(
     loop: asyncio.AbstractEventLoop,
     delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
-    program: Any,
-    /,
-    *args: Any,
-    stdin: Any = subprocess.PIPE,
-    stdout: Any = subprocess.PIPE,
-    stderr: Any = subprocess.PIPE,
-    universal_newlines: bool = False,
-    shell: bool = False,
-    bufsize: int = 0,
-    encoding: Any = None,
-    errors: Any = None,
-    text: Any = None,
-    **kwargs: Any,
+    args: tuple[Any, ...],
+    keywords: dict[str, Any],
 ) -> Awaitable[Started[P]]:
-    """loop.subprocess_exec() on the fast path, or by `delegate` where there is none."""
-    if shell:
+    """loop.subprocess_exec() on the fast path, or by `delegate` where there is none; uses up keywords."""
+    if keywords.pop("shell", False):
         raise ValueError("shell must be False")
-    _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    hub = ladder.hub_for(loop, kwargs)
+    if not TEXT_KEYWORDS.isdisjoint(keywords):
+        _reject_text(keywords)
+    hub = ladder.hub_for(loop, keywords)
     if hub is None:
-        return delegate(protocol_factory, program, *args, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
-    return ladder.start(
-        hub,
-        loop,
-        protocol_factory,
-        (program, *args),
-        ladder.way == "popen",
-        shell=False,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        **kwargs,
-    )
+        return delegate(protocol_factory, *args, **keywords)
+    return ladder.start(hub, loop, protocol_factory, args, ladder.way == "popen", False, keywords)
 
 
 def subprocess_shell(
@@ -191,40 +175,19 @@ def subprocess_shell(
     delegate: Callable[..., Awaitable[Any]],
     protocol_factory: Callable[[], P],
     cmd: str | bytes,
-    /,
-    *,
-    stdin: Any = subprocess.PIPE,
-    stdout: Any = subprocess.PIPE,
-    stderr: Any = subprocess.PIPE,
-    universal_newlines: bool = False,
-    shell: bool = True,
-    bufsize: int = 0,
-    encoding: Any = None,
-    errors: Any = None,
-    text: Any = None,
-    **kwargs: Any,
+    keywords: dict[str, Any],
 ) -> Awaitable[Started[P]]:
-    """loop.subprocess_shell() on the fast path, or by `delegate` where there is none."""
+    """loop.subprocess_shell() on the fast path, or by `delegate` where there is none; uses up keywords."""
     if not isinstance(cmd, (bytes, str)):
         raise ValueError("cmd must be a string")
-    if not shell:
+    if not keywords.pop("shell", True):
         raise ValueError("shell must be True")
-    _reject_text(universal_newlines, bufsize, text, encoding, errors)
-    hub = ladder.hub_for(loop, kwargs)
+    if not TEXT_KEYWORDS.isdisjoint(keywords):
+        _reject_text(keywords)
+    hub = ladder.hub_for(loop, keywords)
     if hub is None:
-        return delegate(protocol_factory, cmd, stdin=stdin, stdout=stdout, stderr=stderr, **kwargs)
-    return ladder.start(
-        hub,
-        loop,
-        protocol_factory,
-        cmd,
-        ladder.way == "popen",
-        shell=True,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        **kwargs,
-    )
+        return delegate(protocol_factory, cmd, **keywords)
+    return ladder.start(hub, loop, protocol_factory, cmd, ladder.way == "popen", True, keywords)
 
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:

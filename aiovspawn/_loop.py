@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -22,45 +21,18 @@ class SubprocessMixin(asyncio.AbstractEventLoop):
         protocol_factory: Callable[[], asyncio.SubprocessProtocol],
         program: Any,
         *args: Any,
-        stdin: Any = subprocess.PIPE,
-        stdout: Any = subprocess.PIPE,
-        stderr: Any = subprocess.PIPE,
         **kwargs: Any,
     ) -> tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]:
         """Start a program; as loop.subprocess_exec() of asyncio."""
-        return await _launch.subprocess_exec(
-            self,
-            super().subprocess_exec,
-            protocol_factory,
-            program,
-            *args,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            **kwargs,
-        )
+        own = super().subprocess_exec
+        return await _launch.subprocess_exec(self, own, protocol_factory, (program, *args), kwargs)
 
     async def subprocess_shell(  # type: ignore[override]
-        self,
-        protocol_factory: Callable[[], asyncio.SubprocessProtocol],
-        cmd: str | bytes,
-        *,
-        stdin: Any = subprocess.PIPE,
-        stdout: Any = subprocess.PIPE,
-        stderr: Any = subprocess.PIPE,
-        **kwargs: Any,
+        self, protocol_factory: Callable[[], asyncio.SubprocessProtocol], cmd: str | bytes, **kwargs: Any
     ) -> tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]:
         """Run a command line with the shell; as loop.subprocess_shell() of asyncio."""
-        return await _launch.subprocess_shell(
-            self,
-            super().subprocess_shell,
-            protocol_factory,
-            cmd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            **kwargs,
-        )
+        own = super().subprocess_shell
+        return await _launch.subprocess_shell(self, own, protocol_factory, cmd, kwargs)
 
     def close(self) -> None:
         """Close the loop.
@@ -129,14 +101,14 @@ class Attachment:
         own = self._own["subprocess_exec"]
         if self._holders == 0:
             return await own(protocol_factory, program, *args, **kwargs)
-        return await _launch.subprocess_exec(self._loop, own, protocol_factory, program, *args, **kwargs)
+        return await _launch.subprocess_exec(self._loop, own, protocol_factory, (program, *args), kwargs)
 
     async def subprocess_shell(self, protocol_factory: Any, cmd: Any, **kwargs: Any) -> Any:
         """loop.subprocess_shell() on the fast path."""
         own = self._own["subprocess_shell"]
         if self._holders == 0:
             return await own(protocol_factory, cmd, **kwargs)
-        return await _launch.subprocess_shell(self._loop, own, protocol_factory, cmd, **kwargs)
+        return await _launch.subprocess_shell(self._loop, own, protocol_factory, cmd, kwargs)
 
     def close(self) -> None:
         """loop.close(), and of the hub before it."""

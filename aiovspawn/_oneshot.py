@@ -19,7 +19,7 @@ from typing import Any
 from ._attempts import Attempts
 from ._hub import EXCEEDED, EXECED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
-from ._request import TERMINAL, Request, launch_error, make_request, plain_request
+from ._request import TERMINAL, Request, launch_error, request_of
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -355,16 +355,10 @@ def start_one_shot(
 ) -> OneShot:
     """Launch a child that `input` is written to and whose output is kept.
 
-    args, by_popen, shell, stdio, keywords: those of make_request(). input: a bytes-like
-    object, or None to close stdin at once, if it is a pipe.
+    args, by_popen, shell, stdio, keywords: those of request_of(), which uses up the last.
+    input: a bytes-like object, or None to close stdin at once, if it is a pipe.
     """
-    if keywords or by_popen:
-        stdin, stdout, stderr = stdio
-        request = make_request(
-            args, by_popen, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
-        )
-        if request.stdio[0] == TERMINAL:
-            raise ValueError("pty: a terminal is served by whoever has the process: open_process()")
-    else:
-        request = plain_request(args, shell, *stdio)
+    request = request_of(args, by_popen, shell, stdio, keywords)
+    if request.stdio[0] == TERMINAL:
+        raise ValueError("pty: a terminal is served by whoever has the process: open_process()")
     return OneShot(hub, loop, request, input, limits)

@@ -175,16 +175,13 @@ async def create_subprocess_exec(
     process behind.
     """
     loop = asyncio.get_running_loop()
+    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     transport, protocol = await subprocess_exec(
         loop,
         loop.subprocess_exec,
         lambda: SubprocessStreamProtocol(limit=limit, loop=loop),
-        program,
-        *args,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        **kwds,
+        (program, *args),
+        kwds,
     )
     return Process(transport, protocol, loop)
 
@@ -203,14 +200,8 @@ async def create_subprocess_shell(
     of create_subprocess_exec().
     """
     loop = asyncio.get_running_loop()
+    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     transport, protocol = await subprocess_shell(
-        loop,
-        loop.subprocess_shell,
-        lambda: SubprocessStreamProtocol(limit=limit, loop=loop),
-        cmd,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        **kwds,
+        loop, loop.subprocess_shell, lambda: SubprocessStreamProtocol(limit=limit, loop=loop), cmd, kwds
     )
     return Process(transport, protocol, loop)

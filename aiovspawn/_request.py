@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from . import _core
 from ._options import reject_options
-from ._steps import C_INT_MAX, NO_OPTIONS, Step, map_stdio, option_steps
+from ._steps import C_INT_MAX, MAKERS, NO_OPTIONS, Step, map_stdio, option_steps
 
 StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -56,9 +56,27 @@ class Request:
     """Keywords for subprocess.Popen, when only that can serve (preexec_fn)."""
 
 
+def request_of(
+    args: Any, by_popen: bool, shell: bool, stdio: tuple[Any, Any, Any], keywords: dict[str, Any]
+) -> Request:
+    """The request for arguments of subprocess.Popen and Options, checked.
+
+    by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself. stdio:
+    stdin, stdout, stderr. keywords: all others; they are used up.
+    """
+    stdin, stdout, stderr = stdio
+    if not keywords and not by_popen:
+        return plain_request(args, shell, stdin, stdout, stderr)
+    options = {name: keywords.pop(name) for name in list(keywords) if name in MAKERS}
+    return make_request(
+        args, by_popen, options, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
+    )
+
+
 def make_request(
     args: Any,
-    by_popen: bool = False,
+    by_popen: bool,
+    options: dict[str, Any],
     /,
     *,
     shell: bool = False,
@@ -81,12 +99,8 @@ def make_request(
     umask: int = -1,
     pipesize: int | None = -1,
     process_group: int | None = None,
-    **options: Any,
 ) -> Request:
-    """Check the keywords of subprocess.Popen, and Options, and make a request of them.
-
-    by_popen: leave the launch to subprocess.Popen, as preexec_fn does by itself.
-    """
+    """Check the keywords of subprocess.Popen, and options, and make a request of them."""
     checked, terminal = NO_OPTIONS, False
     if options:
         checked = option_steps(options, user is not None)

@@ -10,23 +10,22 @@ import os
 import resource
 import signal
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any, NamedTuple, TypeAlias
 
 from . import _core
-from ._options import NAMES
 
 Step: TypeAlias = tuple[int, int, int, bytes | None]
+Steps: TypeAlias = Sequence[Step]
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedOptions:
+class CheckedOptions(NamedTuple):
     """Steps, by their place among those of subprocess's own options."""
 
-    first: tuple[Step, ...] = ()
-    before_ids: tuple[Step, ...] = ()
-    last: tuple[Step, ...] = ()
+    first: Steps = ()
+    before_ids: Steps = ()
+    last: Steps = ()
 
 
 NO_OPTIONS = CheckedOptions()
@@ -40,10 +39,13 @@ LONG_MAX = 2**63 - 1
 C_INT_MAX = 2**31 - 1
 STDERR_FD = 2
 RLIMIT = struct.Struct("QQ")
+MASK = struct.Struct("Q")
+PRIORITY = struct.Struct("i")
 RLIMIT_NICE, RLIMIT_RTPRIO = 13, 14
 """Of asm-generic/resource.h; the resource module lacks them."""
 LIBC_SIGNALS = (32, 33)
 """With which glibc's threads talk to each other: nptl(7)."""
+NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP, *LIBC_SIGNALS)
 BPF_INSTRUCTION_SIZE = 8
 BPF_MAX_INSTRUCTIONS = 4096
 """linux/filter.h"""
@@ -75,7 +77,18 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 def _integers(name: str, value: Any, low: int, high: int) -> list[int]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise TypeError(f"{name} must be a set of integers, not {value!r}")
-    return sorted({_integer(name, item, low, high) for item in value})
+    items = list(value)
+    for item in items:
+        if type(item) is not int or not low <= item <= high:
+            return sorted({_integer(name, item, low, high) for item in items})
+    return sorted(set(items))
+
+
+def _mask(bits: Iterable[int]) -> int:
+    mask = 0
+    for bit in bits:
+        mask |= 1 << bit
+    return mask
 
 
 def _fd(name: str, value: Any) -> int:
@@ -83,13 +96,11 @@ def _fd(name: str, value: Any) -> int:
     return _integer(name, value if fileno is None else fileno(), 0, C_INT_MAX)
 
 
-def _fd_map(name: str, value: Any) -> Iterator[Step]:
+def _fd_map(name: str, value: Any) -> Steps:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must map file descriptors to file descriptors, not {value!r}")
-    for number, source in value.items():
-        fd = _fd(name, source)
-        if _integer(name, number, 0, C_INT_MAX) > STDERR_FD:
-            yield _core.STEP_MAP_FD, fd, int(number), None
+    pairs = [(_integer(name, number, 0, C_INT_MAX), _fd(name, fd)) for number, fd in value.items()]
+    return [(_core.STEP_MAP_FD, fd, number, None) for number, fd in pairs if number > STDERR_FD]
 
 
 def map_stdio(fd_map: Mapping[int, Any], stdio: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
@@ -111,29 +122,31 @@ def _path(name: str, value: Any) -> bytes:
     return path + b"\0"
 
 
-def _pty(name: str, value: Any) -> Iterator[Step]:
-    if value is not False:
-        rows, columns = DEFAULT_SIZE if value is True else _pair(name, value)
-        yield _core.STEP_PTY, _integer(name, rows, 0, 2**16 - 1), _integer(name, columns, 0, 2**16 - 1), None
+def _pty(name: str, value: Any) -> Steps:
+    if value is False:
+        return ()
+    rows, columns = DEFAULT_SIZE if value is True else _pair(name, value)
+    return (
+        (_core.STEP_PTY, _integer(name, rows, 0, 2**16 - 1), _integer(name, columns, 0, 2**16 - 1), None),
+    )
 
 
-def _namespaces(name: str, value: Any) -> Iterator[Step]:
+def _namespaces(name: str, value: Any) -> Steps:
     flags = _integer(name, value, 0, 2**32 - 1)
     if flags & ~NAMESPACES:
         raise ValueError(f"{name}: no flag of a namespace: {flags & ~NAMESPACES:#x}")
-    if flags:
-        yield _core.STEP_NAMESPACES, flags, 0, None
+    return ((_core.STEP_NAMESPACES, flags, 0, None),) if flags else ()
 
 
-def _id_map(step: int) -> Callable[[str, Any], Iterator[Step]]:
-    def steps(name: str, value: Any) -> Iterator[Step]:
+def _id_map(step: int) -> Callable[[str, Any], Steps]:
+    def steps(name: str, value: Any) -> Steps:
         if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
             raise TypeError(f"{name} must be a sequence of (inside, outside, count), not {value!r}")
         lines = [_id_range(name, item) for item in value]
         if not lines:
             raise ValueError(f"{name} must not be empty")
         text = b"".join(lines)
-        yield step, len(text), 0, text
+        return ((step, len(text), 0, text),)
 
     return steps
 
@@ -145,44 +158,50 @@ def _id_range(name: str, value: Any) -> bytes:
     return b"%d %d %d\n" % (inside, outside, count)
 
 
-def _cgroup(name: str, value: Any) -> Iterator[Step]:
+def _cgroup(name: str, value: Any) -> Steps:
     if hasattr(value, "__index__") or hasattr(value, "fileno"):
-        yield _core.STEP_CGROUP, _fd(name, value), 0, None
-    else:
-        yield _core.STEP_CGROUP, -1, 0, _path(name, value)
+        return ((_core.STEP_CGROUP, _fd(name, value), 0, None),)
+    return ((_core.STEP_CGROUP, -1, 0, _path(name, value)),)
 
 
-def _chroot(name: str, value: Any) -> Iterator[Step]:
-    yield _core.STEP_CHROOT, 0, 0, _path(name, value)
+def _chroot(name: str, value: Any) -> Steps:
+    return ((_core.STEP_CHROOT, 0, 0, _path(name, value)),)
 
 
-def _ignore_signals(name: str, value: Any) -> Iterator[Step]:
-    for number in _integers(name, value, 1, signal.NSIG - 1):
-        if number in (signal.SIGKILL, signal.SIGSTOP, *LIBC_SIGNALS):
+def _ignore_signals(name: str, value: Any) -> Steps:
+    numbers = _integers(name, value, 1, signal.NSIG - 1)
+    for number in numbers:
+        if number in NEVER_IGNORED:
             raise ValueError(f"{name}: signal {number} cannot be ignored")
-        yield _core.STEP_IGNORE_SIGNAL, number, 0, None
+    return [(_core.STEP_IGNORE_SIGNAL, number, 0, None) for number in numbers]
 
 
 def _limit(name: str, value: Any) -> int:
     return _integer(name, value, -1, 2**64 - 1) % 2**64  # resource.RLIM_INFINITY is -1
 
 
-def _rlimits(name: str, value: Any) -> Iterator[Step]:
+def _rlimits(name: str, value: Any) -> Steps:
     if not isinstance(value, Mapping):
         raise TypeError(f"{name} must map resources to (soft, hard), not {value!r}")
+    steps = []
     for number, limits in value.items():
-        soft, hard = (_limit(name, limit) for limit in _pair(name, limits))
+        soft, hard = _pair(name, limits)
+        soft, hard = _limit(name, soft), _limit(name, hard)
         if soft > hard:
             raise ValueError(f"{name}: the soft limit of {number!r} is above the hard one: {limits!r}")
-        yield _core.STEP_RLIMIT, _integer(name, number, 0, 15), 0, RLIMIT.pack(soft, hard)
+        steps.append((_core.STEP_RLIMIT, _integer(name, number, 0, 15), 0, RLIMIT.pack(soft, hard)))
+    return steps
 
 
-def _raised_rlimits(name: str, value: Any) -> Iterator[Step]:
-    """Those that let nice and scheduler do more come before these too."""
-    for step in _rlimits(name, value):
-        assert step[3] is not None
-        if step[1] in (RLIMIT_NICE, RLIMIT_RTPRIO) and RLIMIT.unpack(step[3])[0] > _own_limits(step[1])[0]:
-            yield step
+def _raised_rlimits(steps: Steps) -> Steps:
+    """Those that let nice and scheduler do more, to come before these too."""
+    return [
+        step
+        for step in steps
+        if step[0] == _core.STEP_RLIMIT
+        and step[1] in (RLIMIT_NICE, RLIMIT_RTPRIO)
+        and RLIMIT.unpack(step[3] or b"")[0] > _own_limits(step[1])[0]
+    ]
 
 
 def _own_limits(number: int) -> tuple[int, int]:
@@ -190,102 +209,93 @@ def _own_limits(number: int) -> tuple[int, int]:
     return soft % 2**64, hard % 2**64
 
 
-def _with_process_limit_last(
-    before_ids: tuple[Step, ...], last: tuple[Step, ...]
-) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+def _move_process_limit(before_ids: list[Step], last: list[Step]) -> None:
     """RLIMIT_NPROC counts the new user's processes: exceeded at the change, it would fail the exec.
 
     Set after it, as in a preexec_fn; a hard limit that only the privileged may raise, before too.
     """
     for step in before_ids:
         if step[0] == _core.STEP_RLIMIT and step[1] == resource.RLIMIT_NPROC:
-            assert step[3] is not None
-            hard = RLIMIT.unpack(step[3])[1]
-            rest = tuple(other for other in before_ids if other is not step)
+            hard = RLIMIT.unpack(step[3] or b"")[1]
+            before_ids.remove(step)
             if hard > _own_limits(resource.RLIMIT_NPROC)[1]:
-                rest += ((step[0], step[1], 0, RLIMIT.pack(hard, hard)),)
-            return rest, (step, *last)
-    return before_ids, last
+                before_ids.append((step[0], step[1], 0, RLIMIT.pack(hard, hard)))
+            last.insert(0, step)
+            return
 
 
-def _nice(name: str, value: Any) -> Iterator[Step]:
-    yield _core.STEP_NICE, _integer(name, value, -(2**31), 2**31 - 1), 0, None
+def _nice(name: str, value: Any) -> Steps:
+    return ((_core.STEP_NICE, _integer(name, value, -(2**31), 2**31 - 1), 0, None),)
 
 
-def _ioprio(name: str, value: Any) -> Iterator[Step]:
+def _ioprio(name: str, value: Any) -> Steps:
     kind, level = _pair(name, value)
-    yield _core.STEP_IOPRIO, _integer(name, kind, 0, 3) << 13 | _integer(name, level, 0, 7), 0, None
+    return ((_core.STEP_IOPRIO, _integer(name, kind, 0, 3) << 13 | _integer(name, level, 0, 7), 0, None),)
 
 
-def _scheduler(name: str, value: Any) -> Iterator[Step]:
+def _scheduler(name: str, value: Any) -> Steps:
     policy, priority = _pair(name, value)
-    data = struct.pack("i", _integer(name, priority, 0, 99))
-    yield _core.STEP_SCHEDULER, _integer(name, policy, 0, 2**31 - 1), 0, data
+    data = PRIORITY.pack(_integer(name, priority, 0, 99))
+    return ((_core.STEP_SCHEDULER, _integer(name, policy, 0, 2**31 - 1), 0, data),)
 
 
-def _cpu_affinity(name: str, value: Any) -> Iterator[Step]:
+def _cpu_affinity(name: str, value: Any) -> Steps:
     cpus = _integers(name, value, 0, 2**16 - 1)
     if not cpus:
         raise ValueError(f"{name} must not be empty")
-    mask = sum(1 << cpu for cpu in cpus)
+    mask = _mask(cpus)
     size = (cpus[-1] // 64 + 1) * 8
-    yield _core.STEP_CPU_AFFINITY, size, 0, mask.to_bytes(size, "little")
+    return ((_core.STEP_CPU_AFFINITY, size, 0, mask.to_bytes(size, "little")),)
 
 
-def _oom_score_adj(name: str, value: Any) -> Iterator[Step]:
+def _oom_score_adj(name: str, value: Any) -> Steps:
     text = b"%d" % _integer(name, value, -1000, 1000)
-    yield _core.STEP_OOM_SCORE, len(text), 0, text
+    return ((_core.STEP_OOM_SCORE, len(text), 0, text),)
 
 
-def _flag_word(step: int, high: int) -> Callable[[str, Any], Iterator[Step]]:
-    def steps(name: str, value: Any) -> Iterator[Step]:
-        yield step, _integer(name, value, 0, high), 0, None
-
-    return steps
-
-
-def _capabilities(name: str, value: Any) -> int:
-    return sum(1 << number for number in _integers(name, value, 0, 63))
-
-
-def _capability_set(step: int) -> Callable[[str, Any], Iterator[Step]]:
-    def steps(name: str, value: Any) -> Iterator[Step]:
-        yield step, 0, 0, struct.pack("Q", _capabilities(name, value))
+def _flag_word(step: int, high: int) -> Callable[[str, Any], Steps]:
+    def steps(name: str, value: Any) -> Steps:
+        return ((step, _integer(name, value, 0, high), 0, None),)
 
     return steps
 
 
-def _parent_death_signal(name: str, value: Any) -> Iterator[Step]:
-    yield _core.STEP_PARENT_DEATH, _integer(name, value, 1, signal.NSIG - 1), 0, None
+def _capability_set(step: int) -> Callable[[str, Any], Steps]:
+    def steps(name: str, value: Any) -> Steps:
+        return ((step, 0, 0, MASK.pack(_mask(_integers(name, value, 0, 63)))),)
+
+    return steps
 
 
-def _no_new_privs(name: str, value: Any) -> Iterator[Step]:
-    if _truth(name, value):
-        yield _core.STEP_NO_NEW_PRIVS, 0, 0, None
+def _parent_death_signal(name: str, value: Any) -> Steps:
+    return ((_core.STEP_PARENT_DEATH, _integer(name, value, 1, signal.NSIG - 1), 0, None),)
 
 
-def _seccomp(name: str, value: Any) -> Iterator[Step]:
+def _no_new_privs(name: str, value: Any) -> Steps:
+    return ((_core.STEP_NO_NEW_PRIVS, 0, 0, None),) if _truth(name, value) else ()
+
+
+def _seccomp(name: str, value: Any) -> Steps:
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise TypeError(f"{name} must be a compiled BPF program as bytes, not {value!r}")
     program = bytes(value)
     count, rest = divmod(len(program), BPF_INSTRUCTION_SIZE)
     if rest or not 0 < count <= BPF_MAX_INSTRUCTIONS:
         raise ValueError(f"{name} must be 1 to {BPF_MAX_INSTRUCTIONS} BPF instructions of 8 bytes each")
-    yield _core.STEP_SECCOMP, count, 0, program
+    return ((_core.STEP_SECCOMP, count, 0, program),)
 
 
-def _controlling_terminal(name: str, value: Any) -> Iterator[Step]:
-    if _truth(name, value):
-        yield _core.STEP_CONTROLLING_TERMINAL, 0, 0, None
+def _controlling_terminal(name: str, value: Any) -> Steps:
+    return ((_core.STEP_CONTROLLING_TERMINAL, 0, 0, None),) if _truth(name, value) else ()
 
 
-def _sigmask(name: str, value: Any) -> Iterator[Step]:
+def _sigmask(name: str, value: Any) -> Steps:
     numbers = _integers(name, value, 1, signal.NSIG - 1)
-    mask = sum(1 << (number - 1) for number in numbers if number not in LIBC_SIGNALS)
-    yield _core.STEP_SIGMASK, 0, 0, struct.pack("Q", mask)
+    mask = _mask(number - 1 for number in numbers if number not in LIBC_SIGNALS)
+    return ((_core.STEP_SIGMASK, 0, 0, MASK.pack(mask)),)
 
 
-Maker: TypeAlias = Callable[[str, Any], Iterator[Step]]
+Maker: TypeAlias = Callable[[str, Any], Steps]
 
 # In the order in which the child does them.
 FIRST: dict[str, Maker] = {
@@ -321,31 +331,79 @@ LAST: dict[str, Maker] = {
 }
 
 
+# Where each belongs, and how it is made: looked up by the options that are given.
+MAKERS: dict[str, tuple[int, Maker]] = {
+    name: (place, make) for place, (name, make) in enumerate((FIRST | BEFORE_IDS | LAST).items())
+}
+LAST_OF_FIRST = len(FIRST)
+LAST_BEFORE_IDS = len(FIRST) + len(BEFORE_IDS)
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (int, bool, bytes, str) or isinstance(value, IntEnum)
+
+
+def _is_fixed(value: Any) -> bool:
+    return _is_plain(value) or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy to compare with later; None of what might come to mean something else unseen."""
+    kind = type(value)
+    if kind is dict:
+        return dict(value) if all(_is_plain(key) and _is_fixed(value[key]) for key in value) else None
+    if kind in (list, set, frozenset):
+        return kind(value) if all(map(_is_plain, value)) else None
+    return value if _is_fixed(value) else None
+
+
+_remembered: dict[str, tuple[type, Any, Steps]] = {}
+"""Of each option the last value and its steps: most launches of a program have the same."""
+
+
+def _made(name: str, value: Any, make: Maker) -> Steps:
+    known = _remembered.get(name)
+    if known is not None and known[0] is type(value) and known[1] == value:
+        return known[2]
+    steps = make(name, value)
+    copy = _snapshot(value)
+    if copy is not None:
+        _remembered[name] = (type(value), copy, steps)
+    return steps
+
+
 def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
     """Check options and make steps of them; None is as good as absent."""
-    for name in options:
-        if name not in NAMES:
-            raise TypeError(f"got an unexpected keyword argument {name!r}")
-    first = _steps(FIRST, options)
-    if options.get("pty"):
-        options = options | {"controlling_terminal": True}
-    for name in ("uid_map", "gid_map"):
-        if options.get(name) is not None and not (options.get("namespaces") or 0) & CLONE_NEWUSER:
-            raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
-    before_ids, last = _steps(BEFORE_IDS, options), _steps(LAST, options)
-    if options.get("rlimits") is not None:
-        before_ids = (*_raised_rlimits("rlimits", options["rlimits"]), *before_ids)
-        if changes_user:
-            before_ids, last = _with_process_limit_last(before_ids, last)
-    if changes_user and options.get("ambient_capabilities") is not None:
-        before_ids += ((_core.STEP_KEEP_CAPABILITIES, 0, 0, None),)
+    made = []
+    for name, value in options.items():
+        if value is not None:
+            place, make = MAKERS[name]
+            made.append((place, _made(name, value, make)))
+    made.sort()
+    first: list[Step] = []
+    before_ids: list[Step] = []
+    last: list[Step] = []
+    for place, steps in made:
+        if place < LAST_OF_FIRST:
+            first += steps
+        elif place < LAST_BEFORE_IDS:
+            before_ids += steps
+        else:
+            last += steps
+    _complete(options, changes_user, before_ids, last)
     return CheckedOptions(first, before_ids, last)
 
 
-def _steps(makers: dict[str, Maker], options: dict[str, Any]) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    for name, make in makers.items():
-        value = options.get(name)
-        if value is not None:
-            steps += make(name, value)
-    return tuple(steps)
+def _complete(options: dict[str, Any], changes_user: bool, before_ids: list[Step], last: list[Step]) -> None:
+    """Add and move what one option asks of the places of others."""
+    if options.get("pty"):
+        before_ids.insert(0, (_core.STEP_CONTROLLING_TERMINAL, 0, 0, None))
+    for name in ("uid_map", "gid_map"):
+        if options.get(name) is not None and not (options.get("namespaces") or 0) & CLONE_NEWUSER:
+            raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
+    if options.get("rlimits"):
+        before_ids[:0] = _raised_rlimits(before_ids)
+        if changes_user:
+            _move_process_limit(before_ids, last)
+    if changes_user and options.get("ambient_capabilities") is not None:
+        before_ids.append((_core.STEP_KEEP_CAPABILITIES, 0, 0, None))

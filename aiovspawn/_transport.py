@@ -33,7 +33,7 @@ from ._hub import EXECED, EXITED, FAILED, LoopHub
 from ._limits import KILL_TIMEOUT, warn_of_survivor
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
-from ._request import TERMINAL, Request, launch_error, make_request
+from ._request import TERMINAL, Request, launch_error, request_of
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 
@@ -396,20 +396,19 @@ async def start_subprocess(
     protocol_factory: Callable[[], P],
     args: Any,
     by_popen: bool,
-    /,
-    *,
-    extra: dict[str, Any] | None = None,
-    keeps_pidfd: bool = False,
-    **keywords: Any,
+    shell: bool,
+    keywords: dict[str, Any],
 ) -> tuple[SubprocessTransport, P]:
     """Launch a child and wait until its program runs; raise as subprocess does if it does not.
 
-    args, keywords, by_popen: those of make_request(). extra: for get_extra_info(). keeps_pidfd:
-    as by keep_pidfd(), from the beginning. Cancelled, it kills the child
-    and waits until that is reaped.
+    args, by_popen, shell: those of make_request(). keywords: its others; extra, for
+    get_extra_info(); keeps_pidfd, as by keep_pidfd() from the beginning. They are used up.
+    Cancelled, it kills the child and waits until that is reaped.
     """
     protocol = protocol_factory()
-    request = make_request(args, by_popen, **keywords)
+    extra, keeps_pidfd = keywords.pop("extra", None), keywords.pop("keeps_pidfd", False)
+    stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
+    request = request_of(args, by_popen, shell, stdio, keywords)
     transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd)
     try:
         await transport.verdict

@@ -679,6 +679,23 @@ WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
 ]
 
 
+async def test_a_changed_value_is_another() -> None:
+    """The last value of each option is remembered, but not the object that it was."""
+    limits, signals, ranges = {resource.RLIMIT_CORE: (0, 0)}, {10}, [0]
+    for number in (1, 2, 3):
+        limits[resource.RLIMIT_CORE] = (number, number)
+        signals.add(number)
+        ranges[0] = number
+        seen = await look(rlimits=limits, sigmask=signals, ignore_signals=ranges)
+        assert tuple(seen["rlimits"][str(resource.RLIMIT_CORE)]) == (number, number)
+        assert seen["sigmask"] == bits(*signals)
+        assert seen["ignored"] & bits(number)
+    for value in (True, 1.0):
+        await look(nice=1)
+        with pytest.raises(TypeError):
+            await look(nice=value)
+
+
 @pytest.mark.parametrize(("options", "kind"), WRONG, ids=ids)
 async def test_wrong_types_and_values_name_the_option(options: dict[str, Any], kind: type[Exception]) -> None:
     name = next(name for name, value in options.items() if value is not None)
