@@ -1,8 +1,8 @@
 """One launch, tried again where that helps: of what waits for it, the base class.
 
 Some failures say nothing of the program. ETXTBSY: an older launch, which had not
-exec'd yet, held the program's file open for writing. EACCES of oom_score_adj: one that
-changes ids hid our memory, and with it the child's own files in /proc. And a child that
+exec'd yet, held the program's file open for writing. EACCES of oom_score_adj and id maps:
+one that changes ids hid our memory, and with it the child's files in /proc. And a child that
 shares the fd table may not get one of its own, nor its ends in there: then the table
 is copied.
 """
@@ -23,6 +23,9 @@ RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
 The kernel gives an exec'd child's copy of the file back only when the child
 returns to user mode, which is after all signs of its exec.
 """
+
+STEPS_THAT_OPEN = (_core.STEP_OOM_SCORE, _core.STEP_UID_MAP, _core.STEP_GID_MAP)
+"""Files of the child in /proc."""
 
 OLDER_TIMEOUT = 5.0
 """Seconds after which a retry no longer waits for older launches: their loop may have stopped."""
@@ -124,8 +127,13 @@ class Attempts:
         if self._retries == 0:
             self._first_id = self._launch.id
             self._contended = self._launch.contended
-        busy = (step, error) in ((_core.STEP_EXEC, errno.ETXTBSY), (_core.STEP_OOM_SCORE, errno.EACCES))
-        return busy and self._contended and self._retries < len(RETRY_DELAYS)
+        busy = error == errno.ETXTBSY and step == _core.STEP_EXEC
+        hidden = error == errno.EACCES and step in (
+            _core.STEP_OOM_SCORE,
+            _core.STEP_UID_MAP,
+            _core.STEP_GID_MAP,
+        )
+        return (busy or hidden) and self._contended and self._retries < len(RETRY_DELAYS)
 
     def _call_retry(self, delay: float, waited: float) -> None:
         self._retry_timer = self._loop.call_later(delay, self._retry, waited)

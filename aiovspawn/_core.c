@@ -347,6 +347,12 @@ static bool makes_namespaces(const struct spawn_request *request)
     return spawn_find_step(request, SPAWN_NAMESPACES) != NULL;
 }
 
+/* Whether a refusal says something of the rung, not of the request. */
+static bool is_ordinary(const struct spawn_request *request)
+{
+    return !makes_namespaces(request) && !spawn_find_step(request, SPAWN_CGROUP);
+}
+
 /* Starts at the rung in use and steps down where one is refused, also when that
  * happens only now: a filter may have been installed since the last launch. A
  * forced rung is left only for one that serves the request. */
@@ -356,7 +362,8 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
     const int current = current_rung();
     int rung = serving_rung(current, &(*block)->request), result;
     const bool namespaces = makes_namespaces(&(*block)->request);
-    const bool serves = rung == current, may_leave = !serves || !atomic_load(&rung_forced);
+    const bool ordinary = is_ordinary(&(*block)->request), serves = rung == current;
+    const bool may_leave = !serves || !atomic_load(&rung_forced) || spawn_find_step(&(*block)->request, SPAWN_CGROUP);
     for (;;) {
         options->rung = (enum spawn_rung)rung;
         result = start_on(hub, block, options, ret_launch, ret_op);
@@ -368,7 +375,7 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
             break; /* it would copy the page tables before it is told the same */
         rung = next;
     }
-    if (result == 0 && serves && may_leave && !namespaces)
+    if (result == 0 && serves && ordinary && !atomic_load(&rung_forced))
         atomic_store(&rung_in_use, rung);
     /* For an errno that speaks of namespaces (clone(2)), their step. */
     if (namespaces && *block && *ret_op == SPAWN_CLONE && (is_refusal(result, *ret_op, *block) || result == -ENOSPC))

@@ -25,8 +25,8 @@ GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
 
 
-CANCEL_INTERVAL = 0.05
-"""Seconds without a cancellation, after which one more is another."""
+QUIET_TURNS = 3
+"""Turns of the loop without a cancellation, after which one more is another."""
 
 
 class OneShot(Attempts):
@@ -50,8 +50,9 @@ class OneShot(Attempts):
     _killed = False
     _killed_now = False
     _in_grace = False
-    _undoing_since = 0.0
-    """When the task was cancelled last; 0 before."""
+    _undoing = False
+    _cancelled_in_turn = False
+    """Since the last turn of the loop, or so long that it may be one and the same cancellation."""
     _held = False
     _timers: dict[str, asyncio.TimerHandle] | None = None
     _error: Exception | None = None
@@ -89,7 +90,7 @@ class OneShot(Attempts):
         """Wake the task with CancelledError; the process is its business. False: it is being woken."""
         if self._waiter is None:
             return False
-        if self._undoing_since:
+        if self._undoing:
             self._cancel_again()
             return True
         self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
@@ -238,8 +239,8 @@ class OneShot(Attempts):
 
     def _signal(self, number: int) -> None:
         # PermissionError: it has become somebody else's.
-        if self._limits.kill_group and number == signal.SIGKILL and self._launch.kill_cgroup():
-            return
+        if self._limits.kill_group and number == signal.SIGKILL:
+            self._launch.kill_cgroup()  # and all below: it may have moved to another
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self._limits.kill_group:
                 self._launch.signal_group(number)
@@ -301,7 +302,8 @@ class OneShot(Attempts):
 
     async def undo(self) -> None:
         """Kill the process and wait until it has been reaped, whoever cancels that."""
-        self._undoing_since = self._loop.time()
+        self._undoing = True
+        self._note_cancellation()
         self.kill()
         while not self.over:
             try:
@@ -317,12 +319,25 @@ class OneShot(Attempts):
     def _cancel_again(self) -> None:
         """End the grace when the task is cancelled once more, but not when it still is being cancelled.
 
-        anyio cancels in every turn of the loop until the task has left the scope.
+        anyio cancels in every turn of the loop until the task has left the scope: another
+        cancellation is one after a turn without any.
         """
-        now, before = self._loop.time(), self._undoing_since
-        self._undoing_since = now
-        if now - before > CANCEL_INTERVAL:
+        if not self._cancelled_in_turn:
             self.kill_now()
+        self._note_cancellation()
+
+    def _note_cancellation(self) -> None:
+        if not self._cancelled_in_turn:
+            self._loop.call_soon(self._pass_turn)
+        self._cancelled_in_turn = True
+        self._turns_left = QUIET_TURNS
+
+    def _pass_turn(self) -> None:
+        self._turns_left -= 1
+        if self._turns_left == 0 or self.over:
+            self._cancelled_in_turn = False
+        else:
+            self._loop.call_soon(self._pass_turn)
 
     def forget(self) -> None:
         """Close without the loop, which may be closed; the child is reaped later."""

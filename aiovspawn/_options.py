@@ -138,6 +138,7 @@ NAMES = tuple(Options.__annotations__)
 def reject_options(keywords: dict[str, Any], reason: str) -> None:
     """Say that an option is only for launches of our own; take those out that ask for nothing."""
     for name in NAMES:
-        if keywords.get(name) not in (None, False):
+        value = keywords.get(name)
+        if value is not None and value is not False:
             raise NotImplementedError(f"{name} {reason}")
         keywords.pop(name, None)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from . import _core
 from ._options import reject_options
-from ._steps import C_INT_MAX, MAKERS, NO_OPTIONS, Step, map_stdio, option_steps
+from ._steps import C_INT_MAX, MAKERS, NO_OPTIONS, Step, map_stdio, normal_fd_map, option_steps
 
 StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -103,10 +103,12 @@ def make_request(
     """Check the keywords of subprocess.Popen, and options, and make a request of them."""
     checked, terminal = NO_OPTIONS, False
     if options:
+        if options.get("fd_map") is not None:
+            fd_map = options["fd_map"] = normal_fd_map(options["fd_map"])
+            stdin, stdout, stderr = map_stdio(fd_map, (stdin, stdout, stderr))
+            pass_fds = tuple(pass_fds)
+            _reject_mapped(fd_map, pass_fds)
         checked = option_steps(options, user is not None)
-        if options.get("fd_map"):
-            stdin, stdout, stderr = map_stdio(options["fd_map"], (stdin, stdout, stderr))
-            _reject_mapped(options["fd_map"], pass_fds)
         terminal = bool(options.get("pty"))
         start_new_session = start_new_session or terminal or options.get("controlling_terminal") is True
     if stdout == STDOUT:
@@ -358,7 +360,7 @@ def _pass_fds(pass_fds: Collection[int]) -> tuple[int, ...]:
     return fds
 
 
-def _reject_mapped(fd_map: Mapping[int, Any], pass_fds: Collection[int]) -> None:
+def _reject_mapped(fd_map: dict[int, int], pass_fds: tuple[int, ...]) -> None:
     for fd in pass_fds:
         if fd in fd_map:
             raise ValueError(f"fd_map: {fd} is in pass_fds too")

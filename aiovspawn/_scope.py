@@ -78,7 +78,7 @@ class open_process(contextlib.AbstractAsyncContextManager[Process]):
         create = create_subprocess_shell if self._shell else create_subprocess_exec
         keywords = self._keywords
         if self._group:  # from the beginning: the leader may be gone before there is a process object
-            keywords = keywords | {"keeps_pidfd": True}
+            keywords = keywords | {"_keeps_pidfd": True}
         self._process = await create(*self._args, **keywords)
         return self._process
 

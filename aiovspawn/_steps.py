@@ -35,6 +35,7 @@ DEFAULT_SIZE = 24, 80
 NAMESPACES = 0x7E020080
 """os.CLONE_NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWCGROUP, NEWTIME; os has them from 3.12 on."""
 CLONE_NEWUSER = 0x10000000
+SECBIT_KEEP_CAPS = 1 << 4
 LONG_MAX = 2**63 - 1
 C_INT_MAX = 2**31 - 1
 STDERR_FD = 2
@@ -96,14 +97,22 @@ def _fd(name: str, value: Any) -> int:
     return _integer(name, value if fileno is None else fileno(), 0, C_INT_MAX)
 
 
-def _fd_map(name: str, value: Any) -> Steps:
+def normal_fd_map(value: Any) -> dict[int, int]:
+    """Check an fd_map and make one of integers alone."""
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must map file descriptors to file descriptors, not {value!r}")
-    pairs = [(_integer(name, number, 0, C_INT_MAX), _fd(name, fd)) for number, fd in value.items()]
-    return [(_core.STEP_MAP_FD, fd, number, None) for number, fd in pairs if number > STDERR_FD]
+        raise TypeError(f"fd_map must map file descriptors to file descriptors, not {value!r}")
+    pairs = [(_integer("fd_map", number, 0, C_INT_MAX), _fd("fd_map", fd)) for number, fd in value.items()]
+    fd_map = dict(pairs)
+    if len(fd_map) < len(pairs):
+        raise ValueError(f"fd_map has a number twice: {value!r}")
+    return fd_map
 
 
-def map_stdio(fd_map: Mapping[int, Any], stdio: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+def _fd_map(name: str, value: dict[int, int]) -> Steps:
+    return [(_core.STEP_MAP_FD, fd, number, None) for number, fd in value.items() if number > STDERR_FD]
+
+
+def map_stdio(fd_map: dict[int, int], stdio: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     """Let 0, 1 and 2 of an fd_map be stdin, stdout and stderr."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if number in fd_map and stdio[number] is not None:
@@ -390,20 +399,28 @@ def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
             before_ids += steps
         else:
             last += steps
-    _complete(options, changes_user, before_ids, last)
+    _complete(options, changes_user, first, before_ids, last)
     return CheckedOptions(first, before_ids, last)
 
 
-def _complete(options: dict[str, Any], changes_user: bool, before_ids: list[Step], last: list[Step]) -> None:
+def _complete(
+    options: dict[str, Any],
+    changes_user: bool,
+    first: list[Step],
+    before_ids: list[Step],
+    last: list[Step],
+) -> None:
     """Add and move what one option asks of the places of others."""
     if options.get("pty"):
         before_ids.insert(0, (_core.STEP_CONTROLLING_TERMINAL, 0, 0, None))
+    flags = next((step[1] for step in first if step[0] == _core.STEP_NAMESPACES), 0)
     for name in ("uid_map", "gid_map"):
-        if options.get(name) is not None and not (options.get("namespaces") or 0) & CLONE_NEWUSER:
+        if options.get(name) is not None and not flags & CLONE_NEWUSER:
             raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
     if options.get("rlimits"):
         before_ids[:0] = _raised_rlimits(before_ids)
         if changes_user:
             _move_process_limit(before_ids, last)
-    if changes_user and options.get("ambient_capabilities") is not None:
+    keeps = any(step[0] == _core.STEP_SECUREBITS and step[1] & SECBIT_KEEP_CAPS for step in before_ids)
+    if changes_user and options.get("ambient_capabilities") is not None and not keeps:
         before_ids.append((_core.STEP_KEEP_CAPABILITIES, 0, 0, None))

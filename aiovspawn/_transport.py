@@ -327,13 +327,19 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def kill_tree(self) -> str:
         """Kill the child's own cgroup, else its process group, else the child; returns which."""
-        if self._launch.kill_cgroup():
-            return "cgroup"
-        with contextlib.suppress(ProcessLookupError):
+        killed = "cgroup" if self._launch.kill_cgroup() else ""
+        # Also who has moved to another cgroup, or has not come to its own yet.
+        try:
             self._launch.signal_group(signal.SIGKILL)
-            return "process group"
-        self._launch.send_signal(signal.SIGKILL)
-        return "process"
+            return killed or "process group"
+        except (ProcessLookupError, PermissionError):
+            pass
+        try:
+            self._launch.send_signal(signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            if not killed:
+                raise
+        return killed or "process"
 
     def keep_pidfd(self, keep: bool = True) -> None:
         """Keep the pidfd after the exit, for signal_group(); or no longer than until then."""
@@ -402,11 +408,11 @@ async def start_subprocess(
     """Launch a child and wait until its program runs; raise as subprocess does if it does not.
 
     args, by_popen, shell: those of make_request(). keywords: its others; extra, for
-    get_extra_info(); keeps_pidfd, as by keep_pidfd() from the beginning. They are used up.
+    get_extra_info(); _keeps_pidfd, as by keep_pidfd() from the beginning. They are used up.
     Cancelled, it kills the child and waits until that is reaped.
     """
     protocol = protocol_factory()
-    extra, keeps_pidfd = keywords.pop("extra", None), keywords.pop("keeps_pidfd", False)
+    extra, keeps_pidfd = keywords.pop("extra", None), keywords.pop("_keeps_pidfd", False)
     stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
     request = request_of(args, by_popen, shell, stdio, keywords)
     transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd)

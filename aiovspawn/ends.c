@@ -20,6 +20,7 @@ void spawn_ends_init(struct spawn_ends *ends)
     ends->go_read = ends->go_write = -1;
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = false;
+    ends->cgroup_inode[0] = ends->cgroup_inode[1] = 0;
 }
 
 static void close_end(int *fd)
@@ -189,12 +190,18 @@ static long read_cgroup_file(int directory, const char *name, char *ret_text, si
     return length;
 }
 
+/* What cannot be looked at for want of a fd or memory might be there. */
+static bool is_absent(long result)
+{
+    return result == -ENOENT || result == -ENOTDIR;
+}
+
 static bool has_cgroup_file(int directory, const char *name)
 {
     int fd = (int)sys_openat(directory, name, O_PATH | O_CLOEXEC);
     if (fd >= 0)
         (void)sys_close(fd);
-    return fd >= 0;
+    return !is_absent(fd);
 }
 
 /* A duplicate of the user's fd, who may close that at once. */
@@ -205,17 +212,17 @@ static int open_cgroup_directory(const struct spawn_step *step)
     return (int)sys_fcntl((int)step->a, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
 }
 
-/* "populated 0" is the first line of the file in the hierarchy of version 2. */
-static bool is_unpopulated(int directory)
+/* 1 if the file is there and begins with this text, 0 if not, -errno if it could not be looked at. */
+static int begins_with(int directory, const char *name, const char *text, size_t size)
 {
-    static const char expected[] = "populated 0";
-    char text[sizeof expected - 1];
-    if (read_cgroup_file(directory, "cgroup.events", text, sizeof text) != (long)sizeof text)
-        return false;
-    for (size_t i = 0; i < sizeof text; i++)
-        if (text[i] != expected[i])
-            return false;
-    return true;
+    char begin[16];
+    long length = read_cgroup_file(directory, name, begin, size);
+    if (length < 0)
+        return is_absent(length) ? 0 : (int)length;
+    for (size_t i = 0; i < size; i++)
+        if (length != (long)size || begin[i] != text[i])
+            return 0;
+    return 1;
 }
 
 /* A pipe keeps the page of what has been read from it for the next write, which needs no
@@ -237,24 +244,31 @@ static int open_cgroup(const struct spawn_request *request, struct spawn_ends *e
     if (directory < 0)
         return directory;
     ends->cgroup = directory;
-    ends->owns_cgroup = is_unpopulated(directory);
+    uint64_t stat[SYS_STAT_WORDS];
+    stat[0] = stat[1] = 0;
+    (void)sys_call(__NR_fstat, directory, (long)stat, 0, 0, 0, 0);
+    ends->cgroup_inode[0] = stat[0];
+    ends->cgroup_inode[1] = stat[1];
+    /* The first line of the file in the hierarchy of version 2. */
+    ends->owns_cgroup = begins_with(directory, "cgroup.events", "populated 0", 11) == 1;
     /* cpusets(7): the pages and policies of whoever joins follow it. Not of who is born there. */
     ends->moves_memory = has_cgroup_file(directory, "cpuset.mems");
     warm_status_pipe(ends);
     return 0;
 }
 
-/* Whether the OOM killer would take all of this cgroup at once, and with a child that shares
- * our memory us: memory.oom.group of it or of one above. */
-bool spawn_cgroup_dies_as_one(const struct spawn_step *step)
+/* Whether something of this cgroup or of one above forbids that its members share our memory or
+ * let us wait for them: the OOM killer takes all of it at once, or it is frozen. */
+bool spawn_cgroup_takes_fork(const struct spawn_step *step)
 {
     enum { DEPTH_MAX = 64 };
     int directory = open_cgroup_directory(step);
-    bool found = false;
+    bool found = directory == -EMFILE || directory == -ENFILE || directory == -ENOMEM;
     for (int depth = 0; depth < DEPTH_MAX && directory >= 0 && !found; depth++) {
-        char text = '0';
         bool inside = has_cgroup_file(directory, "cgroup.procs");
-        found = inside && read_cgroup_file(directory, "memory.oom.group", &text, 1) == 1 && text == '1';
+        found = inside && (begins_with(directory, "memory.oom.group", "1", 1) != 0 ||
+                           begins_with(directory, "cgroup.freeze", "1", 1) != 0 ||
+                           begins_with(directory, "freezer.state", "FR", 2) != 0); /* FROZEN, FREEZING */
         int above = inside ? (int)sys_openat(directory, "..", O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
         (void)sys_close(directory);
         directory = above;

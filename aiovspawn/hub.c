@@ -271,8 +271,10 @@ int hub_sweep(struct hub *hub)
     int result = begin_locked(hub);
     struct launch *launch = result == 0 ? launch_first_locked() : NULL;
     for (; launch && hub->count < HUB_EVENTS; launch = launch->next)
-        if (launch->hub == hub)
+        if (launch->hub == hub) {
             drain_status(hub, launch);
+            launch->overdue = launch->detached && launch_left_memory_locked(launch);
+        }
     result = result < 0 ? result : hub->count;
     launch_unlock();
     return result;

@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "idmap.h"
 #include "launch.h"
+#include "probe.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -15,10 +16,14 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The pid is the child's own as long as the pidfd says after the opening that it is there. */
+/* The pid is the child's own as long as the pidfd says after the opening that it is there,
+ * and /proc is of our pid namespace. */
 static int open_of_child(pid_t pid, int pidfd, const char *name)
 {
     char path[64];
+    int result = probe_try(PROBE_PROCFS);
+    if (result < 0)
+        return result;
     (void)snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     if (fd < 0)

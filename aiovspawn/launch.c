@@ -294,16 +294,19 @@ static void set_in_flight_locked(struct launch *launch, bool in_flight)
     launch->in_flight = in_flight;
 }
 
-/* Frees the block if the child has left our memory, and tells. */
+/* Frees the block if the child has left our memory, and tells. The kernel clears the word
+ * before it gives the child its new memory: whether others may see ours again is told by what
+ * comes after, the end of file or the exit; of a closed launch by nothing else. */
 bool launch_left_memory_locked(struct launch *launch)
 {
-    if (launch->block) {
-        if (!launch->reaped && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
-            return false;
+    bool there = launch->block && !launch->reaped;
+    if (there && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
+        return false;
+    if (launch->reaped || launch->closed)
         show_memory_locked(launch);
+    if (launch->block)
         block_free_locked(launch->block);
-        launch->block = NULL;
-    }
+    launch->block = NULL;
     if (launch->verdict != LAUNCH_PENDING)
         set_in_flight_locked(launch, false);
     return true;
@@ -322,6 +325,8 @@ static void set_verdict_locked(struct launch *launch, enum launch_verdict verdic
     set_detached_locked(launch);
     launch_close_slot_locked(launch, LAUNCH_STATUS);
     (void)launch_left_memory_locked(launch);
+    if (verdict == LAUNCH_EXECED)
+        show_memory_locked(launch);
 }
 
 /* Whether the next launch that shares our table would fail as well: for a lasting reason,
@@ -380,7 +385,7 @@ bool launch_read_status_locked(struct launch *launch)
     }
     if (launch->shares_fds && launch->exited && launch->returncode == SPAWN_FAILED_EXIT)
         return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
-    if (size == 0 || launch->exited || (left && !launch->shares_fds))
+    if (size == 0 || launch->exited || (left && !launch->shares_fds && (!launch->hides_memory || launch->overdue)))
         set_verdict_locked(launch, LAUNCH_EXECED);
     return launch->verdict != LAUNCH_PENDING;
 }
@@ -519,8 +524,8 @@ static size_t reap_orphans_locked(void)
     struct launch *next, *launch = counts.orphans || hiding ? first_launch : NULL;
     for (; launch; launch = next) {
         next = launch->next;
-        if (launch->hides_memory && launch->detached)
-            (void)launch_left_memory_locked(launch);
+        if (launch->hides_memory && launch->detached && launch_left_memory_locked(launch))
+            show_memory_locked(launch);
         if (!launch->closed || launch->pidfd < 0)
             continue;
         settle_closed_locked(launch);
@@ -682,6 +687,20 @@ static bool clone_sharing_locked(struct launch *launch, struct block *block, enu
            !(result == -EMFILE && rung == SPAWN_DETACHED_CLONE3);
 }
 
+/* Of a cgroup that two of our launches are in, neither is to kill all. */
+static void share_cgroup_locked(struct launch *launch)
+{
+    const uint64_t *inode = launch->ends.cgroup_inode;
+    for (struct launch *other = first_launch; other; other = other->next) {
+        if (other == launch || !other->ends.owns_cgroup || other->ends.cgroup_inode[0] != inode[0] ||
+            other->ends.cgroup_inode[1] != inode[1])
+            continue;
+        other->ends.owns_cgroup = false;
+        if (!other->exited)
+            launch->ends.owns_cgroup = false;
+    }
+}
+
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
                                  enum spawn_op *ret_op)
 {
@@ -691,6 +710,8 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
         result = watch_ends_locked(launch);
     if (result < 0)
         return result;
+    if (launch->ends.cgroup >= 0)
+        share_cgroup_locked(launch);
     *ret_op = SPAWN_CLONE;
     if (options->may_share_fds && shares_fds_locked(launch, block, rung) &&
         clone_sharing_locked(launch, block, rung, &result)) {
@@ -886,7 +907,7 @@ int launch_kill_cgroup(struct launch *launch)
 {
     launch_lock();
     int fd = -1, result = -ENOENT;
-    if (launch->ends.cgroup >= 0 && !launch_is_foreign(launch->generation)) {
+    if (launch->ends.owns_cgroup && !launch_is_foreign(launch->generation)) {
         fd = openat(launch->ends.cgroup, "cgroup.kill", O_WRONLY | O_CLOEXEC);
         result = fd < 0 ? -errno : 0;
     }

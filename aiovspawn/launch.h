@@ -69,6 +69,7 @@ struct launch {
     bool contended; /* another launch had not exec'd when this one was cloned */
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
+    bool overdue; /* a sweep has found that it left our memory, but no end of file */
     uint64_t hidings; /* how often our memory had been hidden when it was cloned */
     bool shares_fds;  /* the child has not said yet that it left our fd table: its ends must stay */
     bool exited;      /* returncode is set */

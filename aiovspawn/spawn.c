@@ -6,8 +6,8 @@
  *  1. It reads only `struct spawn_child` and what that points to. All of it is
  *     complete before the clone, and nobody frees it before the kernel has
  *     cleared `in_memory` or, on the other rungs, before the clone has returned.
- *  2. It writes only to its own stack. The one word of ours that changes is
- *     `in_memory`, by the kernel's hand.
+ *  2. It writes only to its own stack. Two words of ours change: `in_memory`, by the
+ *     kernel's hand, and `has_begun`, for a parent that waits for it.
  *  3. It calls nothing outside this file: no libc, so no errno, no thread-local,
  *     no lock, no malloc. `nm -u spawn.o` is empty, and a test says so.
  *  4. All signals are blocked round the clone with the raw system call, libc's
@@ -209,6 +209,12 @@ CHILD long child_join_cgroup(int directory)
     long result = sys_write(fd, "0", 1);
     (void)sys_close(fd);
     return result;
+}
+
+CHILD long child_enter_cgroup(struct spawn_child *child)
+{
+    __atomic_store_n(&child->has_begun, 1, __ATOMIC_RELEASE);
+    return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
 }
 
 /* The first terminal among stdin, stdout and stderr. ioctl_tty(2). */
@@ -473,7 +479,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_GID_MAP:
         return child_await(step->a);
     case SPAWN_CGROUP:
-        return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
+        return child_enter_cgroup((struct spawn_child *)(uintptr_t)child);
     case SPAWN_CHROOT:
         return child_chroot(step->data);
     case SPAWN_CHDIR:
@@ -601,16 +607,26 @@ static long clone3_child(struct spawn_child *child, enum spawn_rung rung, int cg
     return sys_clone3(&args, child_main, child);
 }
 
-/* Born in its cgroup; where that is refused, it joins it by itself, or is told why not. */
+/* Born in its cgroup; where that is refused, it joins it by itself, or is told why not. Linux
+ * kills children at birth in a cgroup that has been killed before (cgroup.kill, seen with 6.18,
+ * which compares a count of the parent's cgroup with one of the child's): they may join it. */
 static long clone_into_cgroup(struct spawn_child *child, void *stack, size_t stack_size, enum spawn_rung rung,
                               int *ret_pidfd)
 {
     int directory = child->cgroup;
     child->cgroup = -1;
+    __atomic_store_n(&child->has_begun, 0, __ATOMIC_RELEASE);
     long pid = clone3_child(child, rung, directory, stack, stack_size, ret_pidfd);
+    if (pid >= 0 && __atomic_load_n(&child->has_begun, __ATOMIC_ACQUIRE))
+        return pid;
+    child->cgroup = directory;
     if (pid < 0)
-        child->cgroup = directory;
-    return pid;
+        return pid;
+    while (sys_call(__NR_wait4, pid, 0, 0, 0, 0, 0) == -EINTR)
+        ;
+    (void)sys_close(*ret_pidfd);
+    *ret_pidfd = -1;
+    return -ECANCELED;
 }
 
 /* CLONE_PIDFD is refused by some emulators that know pidfd_open. It is tried
@@ -649,11 +665,11 @@ static long clone_child(struct spawn_child *child, void *stack, size_t stack_siz
     void *stack_top = (char *)stack + stack_size;
     if (rung == SPAWN_DETACHED_CLONE3)
         return clone3_child(child, rung, -1, stack, stack_size, ret_pidfd);
-    if (child->cgroup >= 0) {
+    if (child->cgroup >= 0 && rung == SPAWN_VFORK) {
         long pid = clone_into_cgroup(child, stack, stack_size, rung, ret_pidfd);
         if (pid >= 0 || is_for_now(pid))
             return pid;
-        if (rung == SPAWN_VFORK && child->moves_memory)
+        if (child->moves_memory)
             return -EINVAL;
     }
     long pid = sys_clone(clone_flags(child, rung) | CLONE_PIDFD | SIGCHLD, stack_top, ret_pidfd, &child->in_memory,

@@ -11,7 +11,7 @@
 /* linux/sched.h: CLONE_NEWNS, UTS, IPC, USER, PID and NET. Of a new cgroup namespace the root is the
  * cgroup of whoever makes it, which is the child's only after the clone; CLONE_NEWTIME is a signal's
  * number to clone(2), and takes effect at the exec. */
-enum { CLONED_NAMESPACES = 0x7c020000 };
+enum { CLONED_NAMESPACES = 0x7c020000, CLONE_NEWUSER_FLAG = 0x10000000 };
 
 #define MODE_TYPE 0170000
 #define MODE_FIFO 0010000
@@ -40,7 +40,7 @@ bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
         return !cgroup && !spawn_find_step(request, SPAWN_OOM_SCORE);
     if (rung == SPAWN_VFORK && spawn_awaits_maps(request))
         return false; /* we would wait for the child, which waits for us */
-    return rung == SPAWN_FORK || !cgroup || !spawn_cgroup_dies_as_one(cgroup);
+    return rung == SPAWN_FORK || !cgroup || !spawn_cgroup_takes_fork(cgroup);
 }
 
 /* How many steps spawn_prepare() can make of a request. */
@@ -49,7 +49,7 @@ size_t spawn_step_bound(const struct spawn_request *request)
     size_t kept = request->pass_fd_count + request->step_count + 5; /* with 3 sources and two pipes */
     size_t unsharing = 1 + 1 + 3 + 1;
     size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
-    return 3 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
+    return 4 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
 }
 
 static void add_step(struct spawn_child *child, enum spawn_op op, long a, long b)
@@ -119,13 +119,28 @@ static void add_closing_of(const struct spawn_request *request, int fd, struct s
         add_step(child, SPAWN_CLOSE_RANGE, fd, fd);
 }
 
-/* Whether one of these moves but the i-th has fd for its source. */
-static bool is_source(const struct spawn_step *moves, size_t count, size_t i, long fd)
+/* A move's step has no data: there it is counted how many others need what it overwrites. */
+static uintptr_t needed_by(const struct spawn_step *move)
 {
-    for (size_t j = 0; j < count; j++)
-        if (j != i && moves[j].a == fd)
-            return true;
-    return false;
+    return (uintptr_t)move->data;
+}
+
+static void count_needs(struct spawn_step *moves, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        uintptr_t needs = 0;
+        for (size_t j = 0; j < count; j++)
+            needs += j != i && moves[j].a == moves[i].b;
+        moves[i].data = (const void *)needs;
+    }
+}
+
+/* One needs this fd no longer. */
+static void drop_need(struct spawn_step *moves, size_t count, long fd)
+{
+    for (size_t i = 0; i < count; i++)
+        if (moves[i].b == fd && needed_by(&moves[i]) > 0)
+            moves[i].data = (const void *)(needed_by(&moves[i]) - 1);
 }
 
 static void swap_steps(struct spawn_step *one, struct spawn_step *other)
@@ -140,19 +155,23 @@ static void swap_steps(struct spawn_step *one, struct spawn_step *other)
  * before the next is begun. */
 static void order_moves(struct spawn_child *child, size_t first)
 {
+    count_needs(&child->steps[first], child->step_count - first);
     while (first < child->step_count) {
-        struct spawn_step *moves = &child->steps[first];
-        size_t count = child->step_count - first, i = 0;
-        while (i < count && is_source(moves, count, i, moves[i].b))
+        struct spawn_step *moves = &child->steps[first++];
+        size_t count = child->step_count - first + 1, i = 0;
+        while (i < count && needed_by(&moves[i]) > 0)
             i++;
         if (i < count) {
             swap_steps(&moves[0], &moves[i]);
         } else {
             add_step(child, SPAWN_SAVE_FD, moves[0].a, 0);
-            moves[0].a = SPAWN_SAVED;
             swap_steps(&moves[0], &moves[count]);
+            moves[count].a = SPAWN_SAVED;
         }
-        first++;
+        long source = moves[0].a;
+        moves[0].data = NULL;
+        if (source != moves[0].b || moves[0].op == SPAWN_SAVE_FD)
+            drop_need(moves + 1, child->step_count - first, source);
     }
 }
 
@@ -307,12 +326,16 @@ static void add_unsharing(const struct spawn_request *request, const struct spaw
             add_step(child, SPAWN_STDIO, SPAWN_FIRST_END_FD + (ends->child[i] >= 0 ? i : 1), i);
 }
 
-/* Whether a step is the change of an id that we do not have as real, effective and saved one. */
-static bool changes_id(const struct spawn_step *step)
+/* Whether a step is the change of an id that we do not have as real, effective and saved one.
+ * In a user namespace of its own the same number is another id. */
+static bool changes_id(const struct spawn_request *request, const struct spawn_step *step)
 {
     uint32_t ids[3];
     if (step->op != SPAWN_SETUID && step->op != SPAWN_SETGID)
         return false;
+    const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
+    if (namespaces && (namespaces->a & CLONE_NEWUSER_FLAG))
+        return true;
     long call = step->op == SPAWN_SETUID ? __NR_getresuid : __NR_getresgid;
     if (sys_call(call, (long)&ids[0], (long)&ids[1], (long)&ids[2], 0, 0, 0) < 0)
         return true;
@@ -325,16 +348,17 @@ static bool changes_id(const struct spawn_step *step)
 bool spawn_hides_memory(const struct spawn_request *request)
 {
     for (size_t i = 0; i < request->step_count; i++)
-        if (changes_id(&request->steps[i]) || request->steps[i].op == SPAWN_SECCOMP)
+        if (changes_id(request, &request->steps[i]) || request->steps[i].op == SPAWN_SECCOMP)
             return true;
     return false;
 }
 
 /* Hidden by the child, before and after: what comes earlier may need its /proc entry, which
  * is root's as long as our memory is hidden. */
-static void add_option(struct spawn_child *child, const struct spawn_step *step)
+static void add_option(const struct spawn_request *request, struct spawn_child *child,
+                       const struct spawn_step *step)
 {
-    bool hides = changes_id(step) || step->op == SPAWN_SECCOMP;
+    bool hides = changes_id(request, step) || step->op == SPAWN_SECCOMP;
     if (hides)
         add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
     child->steps[child->step_count++] = *step;
@@ -350,8 +374,10 @@ static void add_namespaces(const struct spawn_request *request, const struct spa
 {
     const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
     child->namespaces = namespaces ? (uint64_t)namespaces->a & CLONED_NAMESPACES : 0;
+    if (namespaces && !request->close_fds) /* by these ends the child knows of ours */
+        add_step(child, SPAWN_CLOSE_RANGE, ends->status_read, ends->status_read);
     if (ends->go_write >= 0 && !request->close_fds)
-        add_step(child, SPAWN_CLOSE_RANGE, ends->go_write, ends->go_write); /* the end of file is our end */
+        add_step(child, SPAWN_CLOSE_RANGE, ends->go_write, ends->go_write);
     if (spawn_find_step(request, SPAWN_UID_MAP))
         add_step(child, SPAWN_UID_MAP, ends->go_read, 0);
     if (spawn_find_step(request, SPAWN_GID_MAP))
@@ -397,11 +423,11 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
         else if (step->op == SPAWN_SECCOMP)
             filter = step;
         else if (step->op > SPAWN_CGROUP)
-            add_option(child, step); /* up to that one they have places of their own */
+            add_option(request, child, step); /* up to that one they have places of their own */
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;
     if (filter)
-        add_option(child, filter); /* it may refuse all of the above */
+        add_option(request, child, filter); /* it may refuse all of the above */
     add_step(child, SPAWN_EXEC, 0, 0);
 }

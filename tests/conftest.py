@@ -200,6 +200,21 @@ def rung(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from _on_rung(request.param)
 
 
+SLOW_RUNGS = ("detached-clone", "fork", SHARED)
+
+
+@pytest.fixture(
+    params=AS_FOUND
+    or [
+        pytest.param(rung, marks=pytest.mark.slow if rung in SLOW_RUNGS else ())
+        for rung in (*CORE_RUNGS, SHARED)
+    ]
+)
+def option_rung(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As core_rung, for what takes a new interpreter each time: most of the rungs are slow."""
+    yield from _on_rung(request.param)
+
+
 @pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED])
 def core_rung(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every rung of the C core."""
@@ -244,6 +259,16 @@ def cgroup() -> Iterator[Path]:
 def memory_cgroup() -> Iterator[Path]:
     """A control group of version 1 that has a memory controller."""
     yield from _cgroup_of(mount_point("cgroup", "memory"))
+
+
+@pytest.fixture
+def cpuset_cgroup() -> Iterator[Path]:
+    """One that has the CPUs and memory nodes of all."""
+    mount = mount_point("cgroup", "cpuset")
+    for path in _cgroup_of(mount):
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            (path / name).write_text((path.parent / name).read_text())
+        yield path
 
 
 # ---- the peer -----------------------------------------------------------------

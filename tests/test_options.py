@@ -130,19 +130,25 @@ def ids(case: object) -> str | None:
     return json.dumps(case, default=str) if isinstance(case, dict) else None
 
 
+PLAIN: dict[str, dict[str, Any]] = {}
+"""What is seen without options, by rung."""
+
+
 @pytest.mark.parametrize(("options", "field", "value"), EACH, ids=ids)
 async def test_each_is_seen_in_the_child(
-    core_rung: str, options: dict[str, Any], field: str, value: Any
+    option_rung: str, options: dict[str, Any], field: str, value: Any
 ) -> None:
     seen = await look(**options)
     assert seen[field] == value
-    plain = await look()
+    plain = PLAIN.get(option_rung)
+    if plain is None:
+        plain = PLAIN[option_rung] = await look()
     changed = {name for name in seen if seen[name] != plain[name]}
     also = {"uid", "nice", "parent_death_signal", "capabilities"} if len(options) == 2 else set()
     assert changed <= {field} | also | ({"timer_slack"} if field == "scheduler" else set())
 
 
-async def test_rlimits(core_rung: str) -> None:
+async def test_rlimits(option_rung: str) -> None:
     limits = {
         resource.RLIMIT_CPU: (11, 12),
         resource.RLIMIT_CORE: (0, 0),
@@ -155,7 +161,7 @@ async def test_rlimits(core_rung: str) -> None:
     assert seen["rlimits"][str(resource.RLIMIT_STACK)] == list(resource.getrlimit(resource.RLIMIT_STACK))
 
 
-async def test_limits_do_not_hinder_the_other_options(core_rung: str) -> None:
+async def test_limits_do_not_hinder_the_other_options(option_rung: str) -> None:
     done = await aiovspawn.run_process(
         ["/bin/cat", "/proc/self/oom_score_adj"],
         stdin=subprocess.DEVNULL,
@@ -168,7 +174,7 @@ async def test_limits_do_not_hinder_the_other_options(core_rung: str) -> None:
     assert done.rusage is not None
 
 
-async def test_ignore_signals(core_rung: str) -> None:
+async def test_ignore_signals(option_rung: str) -> None:
     plain = await look()
     seen = await look(ignore_signals={signal.SIGHUP, signal.SIGUSR2})
     # Python itself ignores some.
@@ -177,7 +183,7 @@ async def test_ignore_signals(core_rung: str) -> None:
     assert again["ignored"] & bits(signal.SIGPIPE)
 
 
-async def test_all_together_on_the_fast_path(core_rung: str) -> None:
+async def test_all_together_on_the_fast_path(option_rung: str) -> None:
     """All but oom_score_adj, which is what leaves the detached rungs."""
     before = _core.counts()["rungs"]
     seen = await look(
@@ -204,7 +210,7 @@ async def test_all_together_on_the_fast_path(core_rung: str) -> None:
     assert list(used) == [_core.rung()]
 
 
-async def test_oom_score_adj_is_the_childs_alone(core_rung: str) -> None:
+async def test_oom_score_adj_is_the_childs_alone(option_rung: str) -> None:
     """On a detached rung the kernel would give it to us as well: not even a forced one is used."""
     ours = Path("/proc/self/oom_score_adj").read_text()
     rung, before = _core.rung(), _core.counts()["rungs"]
@@ -226,7 +232,7 @@ REFUSING = b"".join(
 """getpid() fails."""
 
 
-async def test_seccomp(core_rung: str) -> None:
+async def test_seccomp(option_rung: str) -> None:
     code = (
         "import ctypes; libc = ctypes.CDLL(None, use_errno=True);"
         " print(libc.getpid(), libc.syscall(NR), ctypes.get_errno())"
@@ -255,7 +261,7 @@ def killing(number: int) -> list[seccomp.Instruction]:
     return [*seccomp.refuse(number, 0)[:2], (seccomp.RETURN, 0, 0, 0x80000000)]
 
 
-async def test_seccomp_that_refuses_what_a_failed_child_does(core_rung: str, tmp_path: Path) -> None:
+async def test_seccomp_that_refuses_what_a_failed_child_does(option_rung: str, tmp_path: Path) -> None:
     filters = [
         (program(seccomp.refuse(EXIT_GROUP, errno.EPERM)), errno.ENOENT),
         (program(seccomp.refuse(EXIT_GROUP, errno.EPERM), seccomp.refuse(EXIT, errno.EPERM)), errno.ENOENT),
@@ -278,7 +284,7 @@ async def test_seccomp_that_refuses_what_a_failed_child_does(core_rung: str, tmp
     assert not list(tmp_path.iterdir())  # a core file would have had our memory
 
 
-async def test_controlling_terminal(core_rung: str) -> None:
+async def test_controlling_terminal(option_rung: str) -> None:
     terminal, stdin = os.openpty()
     try:
         code = (
@@ -414,7 +420,7 @@ def test_each_option_has_its_rows(name: str) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
-async def test_chroot(core_rung: str, tmp_path: Path) -> None:
+async def test_chroot(option_rung: str, tmp_path: Path) -> None:
     source = tmp_path / "where.c"
     source.write_text(
         "#include <stdio.h>\n#include <unistd.h>\n"
@@ -432,7 +438,7 @@ async def test_chroot(core_rung: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
-async def test_jail_has_no_say_in_oom_score_adj(core_rung: str, tmp_path: Path) -> None:
+async def test_jail_has_no_say_in_oom_score_adj(option_rung: str, tmp_path: Path) -> None:
     """Its /proc may be anything: here one that would hold up the launch for ever."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     os.mkfifo(tmp_path / "proc" / "self" / "oom_score_adj")
@@ -445,7 +451,7 @@ async def test_jail_has_no_say_in_oom_score_adj(core_rung: str, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
-async def test_limit_of_processes_is_the_new_users(core_rung: str) -> None:
+async def test_limit_of_processes_is_the_new_users(option_rung: str) -> None:
     """Exceeded by what that user runs already, it hinders forks of the program, not the program."""
     uid = 54321
     others = [await aiovspawn.create_subprocess_exec("sleep", "1000", user=uid) for _ in range(3)]
@@ -481,14 +487,15 @@ def as_nobody(code: str) -> list[str]:
 
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
-async def test_oom_score_adj_beside_what_hides_memory() -> None:
+async def test_files_of_the_child_beside_what_hides_memory() -> None:
     """The child's file in /proc is root's then; who is not root has to come before or after."""
     code = (
         "hiding, scored = dict(no_new_privs=True, seccomp=ALLOW), dict(oom_score_adj=500)\n"
         "for also in (dict(group=os.getgid()), dict(user=os.getuid()), hiding):\n"
         "    await aiovspawn.run_process(['/bin/true'], **scored, **also)\n"
-        "runs = [aiovspawn.run_process(['/bin/true'], **(hiding if number % 2 else scored))\n"
-        "        for number in range(60)]\n"
+        "mapped = dict(namespaces=0x10000000, uid_map=[(0, os.getuid(), 1)])\n"
+        "runs = [aiovspawn.run_process(['/bin/true'], **(hiding, scored, hiding, mapped)[number % 4])\n"
+        "        for number in range(80)]\n"
         "await asyncio.gather(*runs)\n"
         "print('done')"
     ).replace("ALLOW", repr(program()))
@@ -511,7 +518,6 @@ comm = ""
 while comm != "sleep\\n":
     pid = open(f"/proc/self/task/{os.getpid()}/children").read().split()[0]
     comm = open(f"/proc/{pid}/comm").read()
-assert libc.prctl(3) == 0
 aiovspawn._core.reap_orphans()
 assert libc.prctl(3) == 1
 os.kill(int(pid), 9)
@@ -520,7 +526,12 @@ os._exit(0)
     subprocess.run([*python, "-c", code], check=True, timeout=60)
 
 
-async def test_parent_death_signal_arrives(core_rung: str) -> None:
+def forcible(rung: str) -> str:
+    """The name of a rung for another process, "" where it is none."""
+    return rung if rung in aiovspawn._launch.RUNGS else ""
+
+
+async def test_parent_death_signal_arrives(option_rung: str) -> None:
     code = (
         "import asyncio, aiovspawn, sys\n"
         "async def main():\n"
@@ -529,7 +540,9 @@ async def test_parent_death_signal_arrives(core_rung: str) -> None:
         "    import os; os._exit(0)\n"
         "asyncio.run(main())\n"
     )
-    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
+    environment = os.environ | {
+        "AIOVSPAWN_RUNG": option_rung if option_rung in aiovspawn._launch.RUNGS else ""
+    }
     done = await aiovspawn.run_process(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, timeout=20
     )
@@ -559,7 +572,7 @@ KERNEL_REFUSES: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("options", "number"), KERNEL_REFUSES, ids=ids)
-async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], number: int) -> None:
+async def test_what_the_kernel_refuses(option_rung: str, options: dict[str, Any], number: int) -> None:
     name = next(iter(options))
     with pytest.raises(OSError) as caught:
         await aiovspawn.run_process(["/bin/true"], **options)
@@ -588,7 +601,7 @@ UNPRIVILEGED: list[dict[str, Any]] = [
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
 @pytest.mark.parametrize("options", UNPRIVILEGED, ids=ids)
-async def test_unprivileged_use(core_rung: str, options: dict[str, Any]) -> None:
+async def test_unprivileged_use(option_rung: str, options: dict[str, Any]) -> None:
     """Asked for by a process without privileges, in a process of its own."""
     code = (
         "import asyncio, os, sys, aiovspawn\n"
@@ -600,7 +613,9 @@ async def test_unprivileged_use(core_rung: str, options: dict[str, Any]) -> None
         "        print(exc.__notes__[0])\n"
         "asyncio.run(main())\n"
     )
-    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
+    environment = os.environ | {
+        "AIOVSPAWN_RUNG": option_rung if option_rung in aiovspawn._launch.RUNGS else ""
+    }
     done = await aiovspawn.run_process(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
@@ -724,6 +739,36 @@ async def test_id_that_changes_nothing_is_none(name: str) -> None:
     """setreuid(2) takes -1 for "leave it alone": the program would be root's."""
     with pytest.raises(OverflowError):
         await aiovspawn.run_process(["/bin/true"], **{name: 2**32 - 1})
+
+
+async def test_zero_is_not_none() -> None:
+    for name in ("oom_score_adj", "personality", "timer_slack", "securebits", "cgroup"):
+        with pytest.raises(NotImplementedError, match=name):
+            await aiovspawn.run_process(["true"], preexec_fn=int, **{name: 0})
+
+
+@pytest.mark.skipif(not ROOT, reason="capabilities are root's")
+async def test_capabilities_that_are_kept_by_securebits(option_rung: str) -> None:
+    seen = await look(securebits=0b110000, user=NOBODY, ambient_capabilities={NET_RAW})
+    assert seen["capabilities"]["Eff"] == 1 << NET_RAW
+
+
+class Number:
+    """An integer, as numpy's are."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+async def test_whatever_has_an_index_is_an_integer() -> None:
+    seen = await look(nice=Number(2), fd_map={Number(9): Number(SOURCE), Number(0): SOURCE})
+    assert seen["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 2
+    assert seen["fds"]["9"] == seen["fds"]["0"] == "/dev/zero"
+    with pytest.raises(ValueError, match="fd_map"):
+        await look(fd_map={Number(9): SOURCE, 9: SOURCE})
 
 
 async def test_not_where_subprocess_launches() -> None:

@@ -145,6 +145,7 @@ def test_parent_is_unchanged_after_2000_mixed_launches(
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 aiovspawn.run(main(50))
 before = state()
+assert before["dumpable"] == 1
 aiovspawn.run(main(2000))
 after = state()
 assert after == before, [(name, before[name], after[name]) for name in before if before[name] != after[name]]
