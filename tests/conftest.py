@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from _pytest.mark.structures import ParameterSet
 
 import aiovspawn
 from aiovspawn import _core
@@ -194,28 +195,23 @@ def stdio_is(fd: int, number: int) -> Iterator[None]:
         os.close(old)
 
 
-@pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED, "popen"])
+SLOW_RUNGS = ("detached-clone", "fork", SHARED)
+"""They have most of their code in common with the others; a default run spares their time."""
+
+
+def _params(*rungs: str) -> list[ParameterSet]:
+    return AS_FOUND or [
+        pytest.param(rung, marks=pytest.mark.slow if rung in SLOW_RUNGS else ()) for rung in rungs
+    ]
+
+
+@pytest.fixture(params=_params(*CORE_RUNGS, SHARED, "popen"))
 def rung(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every rung."""
     yield from _on_rung(request.param)
 
 
-SLOW_RUNGS = ("detached-clone", "fork", SHARED)
-
-
-@pytest.fixture(
-    params=AS_FOUND
-    or [
-        pytest.param(rung, marks=pytest.mark.slow if rung in SLOW_RUNGS else ())
-        for rung in (*CORE_RUNGS, SHARED)
-    ]
-)
-def option_rung(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As core_rung, for what takes a new interpreter each time: most of the rungs are slow."""
-    yield from _on_rung(request.param)
-
-
-@pytest.fixture(params=AS_FOUND or [*CORE_RUNGS, SHARED])
+@pytest.fixture(params=_params(*CORE_RUNGS, SHARED))
 def core_rung(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every rung of the C core."""
     yield from _on_rung(request.param)

@@ -39,7 +39,7 @@ def descriptor(cgroup: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", [str, os.fsencode, Path, descriptor])
-async def test_child_is_born_in_it(option_rung: str, cgroup: Path, kind: Any) -> None:
+async def test_child_is_born_in_it(core_rung: str, cgroup: Path, kind: Any) -> None:
     given = kind(cgroup)
     rung, before = _core.rung(), rungs()
     seen = await look(cgroup=given)
@@ -61,7 +61,7 @@ async def test_fd_may_be_closed_at_once(cgroup: Path) -> None:
     assert await process.wait() == -signal.SIGKILL
 
 
-async def test_version_1(option_rung: str, memory_cgroup: Path) -> None:
+async def test_version_1(core_rung: str, memory_cgroup: Path) -> None:
     seen = await look(cgroup=memory_cgroup)
     assert f":memory:/{memory_cgroup.name}\n" in seen["cgroup"]
 
@@ -80,7 +80,7 @@ asyncio.run(main())
     subprocess.run([*python, "-c", code], check=True, cwd=Path(__file__).parent)
 
 
-async def test_user_joins_before_the_privilege_is_gone(option_rung: str, cgroup: Path) -> None:
+async def test_user_joins_before_the_privilege_is_gone(core_rung: str, cgroup: Path) -> None:
     if not ROOT:
         pytest.skip("takes root to become nobody")
     seen = await look(cgroup=cgroup, user=NOBODY)
@@ -89,7 +89,7 @@ async def test_user_joins_before_the_privilege_is_gone(option_rung: str, cgroup:
 
 
 @pytest.mark.parametrize("name", ["", "inner", "inner/innermost"])
-async def test_forked_where_the_oom_killer_takes_all(option_rung: str, tmp_path: Path, name: str) -> None:
+async def test_forked_where_the_oom_killer_takes_all(core_rung: str, tmp_path: Path, name: str) -> None:
     """memory.oom.group of the cgroup or of one above. These are only files: who joins writes to one."""
     for folder in ("", "inner", "inner/innermost"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ asyncio.run(main())
     subprocess.run([*python, "-c", code], check=True, env=environment, timeout=60)
 
 
-async def test_kill_tree_kills_the_cgroup(option_rung: str, cgroup: Path) -> None:
+async def test_kill_tree_kills_the_cgroup(core_rung: str, cgroup: Path) -> None:
     process = await aiovspawn.create_subprocess_shell(TREE, cgroup=cgroup, stdout=PIPE)
     assert process.stdout is not None
     await process.stdout.readline()
@@ -139,7 +139,7 @@ async def test_kill_tree_kills_the_cgroup(option_rung: str, cgroup: Path) -> Non
     assert await process.stdout.read() == b""
 
 
-async def test_kill_tree_after_the_exit(option_rung: str, cgroup: Path) -> None:
+async def test_kill_tree_after_the_exit(core_rung: str, cgroup: Path) -> None:
     process = await aiovspawn.create_subprocess_shell("setsid sleep 1000 &", cgroup=cgroup)
     assert await process.wait() == 0
     assert is_populated(cgroup)
@@ -147,7 +147,7 @@ async def test_kill_tree_after_the_exit(option_rung: str, cgroup: Path) -> None:
     await until_empty(cgroup)
 
 
-async def test_cgroup_can_be_used_again_after_a_kill(option_rung: str, cgroup: Path) -> None:
+async def test_cgroup_can_be_used_again_after_a_kill(core_rung: str, cgroup: Path) -> None:
     """The kernel kills who is born there ever after."""
     for _ in range(3):
         done = await aiovspawn.run_process(["echo", "alive"], cgroup=cgroup, stdout=PIPE)
@@ -157,7 +157,7 @@ async def test_cgroup_can_be_used_again_after_a_kill(option_rung: str, cgroup: P
             await aiovspawn.run_process(["/nonexistent"], cgroup=cgroup)
 
 
-async def test_kill_tree_spares_a_cgroup_of_others(option_rung: str, cgroup: Path) -> None:
+async def test_kill_tree_spares_a_cgroup_of_others(core_rung: str, cgroup: Path) -> None:
     first = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
     second = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
     assert second.kill_tree() == "process"
@@ -176,7 +176,7 @@ async def test_kill_tree_spares_a_cgroup_of_others(option_rung: str, cgroup: Pat
     await fourth.wait()
 
 
-async def test_who_has_moved_to_another_cgroup_is_killed_too(option_rung: str, cgroup: Path) -> None:
+async def test_who_has_moved_to_another_cgroup_is_killed_too(core_rung: str, cgroup: Path) -> None:
     move = f"echo $$ > {cgroup.parent}/cgroup.procs; echo moved; exec sleep 1000"
     options: dict[str, Any] = {"shell": True, "cgroup": cgroup, "stdout": PIPE, "kill_group": True}
     async with aiovspawn.open_process(move, terminate_grace=0, **options) as process:
@@ -190,7 +190,7 @@ async def test_who_has_moved_to_another_cgroup_is_killed_too(option_rung: str, c
 
 
 @pytest.mark.parametrize("inner", ["", "inner"])
-async def test_frozen_cgroup_does_not_hold_up_the_loop(option_rung: str, cgroup: Path, inner: str) -> None:
+async def test_frozen_cgroup_does_not_hold_up_the_loop(core_rung: str, cgroup: Path, inner: str) -> None:
     """A child that never comes to its exec is not waited for by the loop's thread."""
     (cgroup / "inner").mkdir()
     (cgroup / "cgroup.freeze").write_text("1")
@@ -200,7 +200,7 @@ async def test_frozen_cgroup_does_not_hold_up_the_loop(option_rung: str, cgroup:
     (cgroup / "inner").rmdir()
 
 
-async def test_cpusets_are_joined_by_a_fork(option_rung: str, cpuset_cgroup: Path) -> None:
+async def test_cpusets_are_joined_by_a_fork(core_rung: str, cpuset_cgroup: Path) -> None:
     """Whoever joins moves memory along. It says nothing of the rung for others."""
     rung, before = _core.rung(), rungs()
     seen = await look(cgroup=cpuset_cgroup)
@@ -225,7 +225,7 @@ async def test_kill_tree_without_a_cgroup(rung: str) -> None:
         process.kill_tree()
 
 
-async def test_scope_ends_the_cgroup(option_rung: str, cgroup: Path) -> None:
+async def test_scope_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
     async with aiovspawn.open_process(
         TREE, shell=True, cgroup=cgroup, stdout=PIPE, kill_group=True, terminate_grace=0
     ) as process:
@@ -234,7 +234,7 @@ async def test_scope_ends_the_cgroup(option_rung: str, cgroup: Path) -> None:
     await until_empty(cgroup)
 
 
-async def test_run_process_ends_the_cgroup(option_rung: str, cgroup: Path) -> None:
+async def test_run_process_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
     run = asyncio.ensure_future(
         aiovspawn.run_process(TREE, shell=True, cgroup=cgroup, stdout=PIPE, kill_group=True)
     )

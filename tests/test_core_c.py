@@ -32,7 +32,13 @@ def build(folder: Path, compiler: str, options: list[str]) -> Path:
     return compile_program(folder / "battery", *options, f"-I{SOURCE}", *sources, compiler=compiler)
 
 
-@pytest.fixture(scope="module", params=BUILDS)
+SLOW_BUILDS = ("cc -O0", "gcc sanitized")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW_BUILDS else ()) for name in BUILDS],
+)
 def battery(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler, options = BUILDS[request.param]
     if shutil.which(compiler) is None:

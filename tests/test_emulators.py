@@ -67,6 +67,7 @@ def plain_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # On the rung that launches take there; between a fork and the exec valgrind loses signals.
+@pytest.mark.slow
 @needs("valgrind")
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_ON_VALGRIND))
 def test_battery_under_valgrind(plain_battery: Path, name: str) -> None:
@@ -93,6 +94,7 @@ def aarch64_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("battery"), "aarch64-linux-gnu-gcc", ["-O2", "-static"])
 
 
+@pytest.mark.slow
 @needs("qemu-x86_64")
 @pytest.mark.parametrize("rung", ["vfork", "fork"])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - UNSHARED))
@@ -100,6 +102,7 @@ def test_battery_under_qemu(static_battery: Path, name: str, rung: str) -> None:
     battery(["qemu-x86_64", static_battery], name, rung)
 
 
+@pytest.mark.slow
 @needs("qemu-aarch64")
 @needs("aarch64-linux-gnu-gcc")
 @pytest.mark.parametrize("rung", ["vfork", "fork"])

@@ -69,7 +69,7 @@ MAPS = [
 
 
 @pytest.mark.parametrize("fd_map", MAPS, ids=str)
-async def test_every_number_has_its_file(option_rung: str, tmp_path: Path, fd_map: dict[int, int]) -> None:
+async def test_every_number_has_its_file(core_rung: str, tmp_path: Path, fd_map: dict[int, int]) -> None:
     with files(tmp_path, 50, 51, 52, 53):
         expected = {fd: f"{source};" for fd, source in fd_map.items()}
         assert await read(fd_map) == expected
@@ -115,7 +115,7 @@ async def test_any_map(tmp_path: Path) -> None:
             assert await reading == expected
 
 
-async def test_standard_streams(option_rung: str, tmp_path: Path) -> None:
+async def test_standard_streams(core_rung: str, tmp_path: Path) -> None:
     with files(tmp_path, 50), open(tmp_path / "out", "w+b") as out:
         done = await aiovspawn.run_process(["cat"], fd_map={0: 50, 1: out})
         assert done.returncode == 0
@@ -123,7 +123,7 @@ async def test_standard_streams(option_rung: str, tmp_path: Path) -> None:
         assert out.read() == b"50;"
 
 
-async def test_standard_streams_of_ours_as_sources(option_rung: str, tmp_path: Path) -> None:
+async def test_standard_streams_of_ours_as_sources(core_rung: str, tmp_path: Path) -> None:
     """The child's own are in place before they are mapped."""
     read_end, write_end = os.pipe()
     saved = os.dup(1)
@@ -141,7 +141,7 @@ async def test_standard_streams_of_ours_as_sources(option_rung: str, tmp_path: P
     assert done.stdout == b"out\n"
 
 
-async def test_any_streams_of_ours(option_rung: str, tmp_path: Path) -> None:
+async def test_any_streams_of_ours(core_rung: str, tmp_path: Path) -> None:
     """The parent's own 0, 1 and 2, exchanged in every way, some of them mapped too."""
     streams = {}
     with contextlib.ExitStack() as stack:
@@ -162,7 +162,7 @@ async def test_any_streams_of_ours(option_rung: str, tmp_path: Path) -> None:
             await process.wait()
 
 
-async def test_locks_of_the_parent_stay(option_rung: str, tmp_path: Path) -> None:
+async def test_locks_of_the_parent_stay(core_rung: str, tmp_path: Path) -> None:
     """Whoever closes a duplicate of a file gives up his locks of it: fcntl(2)."""
     path = tmp_path / "locked"
     path.touch()
@@ -179,7 +179,7 @@ async def test_locks_of_the_parent_stay(option_rung: str, tmp_path: Path) -> Non
         assert other.returncode == 7
 
 
-async def test_beside_pass_fds(option_rung: str, tmp_path: Path) -> None:
+async def test_beside_pass_fds(core_rung: str, tmp_path: Path) -> None:
     with files(tmp_path, 50, 51):
         fds = (await look(fd_map={9: 50}, pass_fds=(50, 51)))["fds"]
         assert {fd for fd in fds if int(fd) > 2} == {"9", "50", "51"}

@@ -49,7 +49,7 @@ def used(before: dict[str, int]) -> list[str]:
 
 
 @pytest.mark.parametrize("flags", EACH, ids=hex)
-async def test_each_is_new(option_rung: str, flags: int) -> None:
+async def test_each_is_new(core_rung: str, flags: int) -> None:
     rung, before = _core.rung(), _core.counts()["rungs"]
     seen = await look(namespaces=flags)
     assert seen["namespaces"] == EACH[flags]
@@ -59,7 +59,7 @@ async def test_each_is_new(option_rung: str, flags: int) -> None:
     assert _core.rung() == rung
 
 
-async def test_its_cgroup_is_the_root_there(option_rung: str, cgroup: Path) -> None:
+async def test_its_cgroup_is_the_root_there(core_rung: str, cgroup: Path) -> None:
     seen = await look(namespaces=CLONE_NEWCGROUP, cgroup=cgroup)
     assert "0::/\n" in seen["cgroup"]
 
@@ -70,7 +70,7 @@ MAPS: dict[str, Any] = {
 }
 
 
-async def test_root_of_its_own(option_rung: str) -> None:
+async def test_root_of_its_own(core_rung: str) -> None:
     rung, before = _core.rung(), _core.counts()["rungs"]
     seen = await look(namespaces=CLONE_NEWUSER | CLONE_NEWUTS, **MAPS, user=0, group=0, extra_groups=[7])
     assert seen["namespaces"] == ["user", "uts"]
@@ -83,7 +83,7 @@ async def test_root_of_its_own(option_rung: str) -> None:
     assert _core.rung() == rung
 
 
-async def test_memory_is_shown_again(option_rung: str) -> None:
+async def test_memory_is_shown_again(core_rung: str) -> None:
     """The same number is another id in there: the kernel hides our memory, and nobody else may see it."""
     prctl = ctypes.CDLL(None).prctl
     assert prctl(3) == 1
@@ -113,7 +113,7 @@ asyncio.run(main())
     subprocess.run([*python, "-c", code], check=True, timeout=30)
 
 
-async def test_another_user_of_its_own(option_rung: str) -> None:
+async def test_another_user_of_its_own(core_rung: str) -> None:
     process = await aiovspawn.create_subprocess_exec(
         "sleep", "1000", namespaces=CLONE_NEWUSER, **MAPS, user=5003, group=44, extra_groups=[]
     )
@@ -124,7 +124,7 @@ async def test_another_user_of_its_own(option_rung: str) -> None:
     await process.wait()
 
 
-async def test_unmapped_user(option_rung: str) -> None:
+async def test_unmapped_user(core_rung: str) -> None:
     seen = await look(namespaces=CLONE_NEWUSER)
     assert (seen["uid"], seen["uid_map"]) == (NOBODY, [])
 
@@ -145,7 +145,7 @@ async def test_without_privileges(keywords: dict[str, Any]) -> None:
     assert done.stdout == b"done detached-clone3\n", done.stderr
 
 
-async def test_unshare_without_privileges_does_not_step_down(option_rung: str) -> None:
+async def test_unshare_without_privileges_does_not_step_down(core_rung: str) -> None:
     """EPERM speaks of the namespace, not of the rung; and no fork is tried for it."""
     code = (
         "try:\n"
@@ -160,13 +160,13 @@ async def test_unshare_without_privileges_does_not_step_down(option_rung: str) -
     assert done.stdout == b"detached-clone3\n", done.stderr
 
 
-async def test_many_at_once(option_rung: str) -> None:
+async def test_many_at_once(core_rung: str) -> None:
     options = dict(namespaces=CLONE_NEWUSER | CLONE_NEWPID, **MAPS, user=0)
     runs = [aiovspawn.run_process(["/bin/sh", "-c", "echo $$"], stdout=PIPE, **options) for _ in range(64)]
     assert {done.stdout for done in await asyncio.gather(*runs)} == {b"1\n"}
 
 
-async def test_cancelled_while_it_waits_for_its_maps(option_rung: str) -> None:
+async def test_cancelled_while_it_waits_for_its_maps(core_rung: str) -> None:
     for turns in range(4):
         task = asyncio.ensure_future(
             aiovspawn.create_subprocess_exec("sleep", "1000", namespaces=CLONE_NEWUSER, **MAPS)
@@ -178,13 +178,13 @@ async def test_cancelled_while_it_waits_for_its_maps(option_rung: str) -> None:
             await task
 
 
-async def test_signals_to_the_first_process(option_rung: str) -> None:
+async def test_signals_to_the_first_process(core_rung: str) -> None:
     process = await aiovspawn.create_subprocess_exec("sleep", "1000", namespaces=CLONE_NEWPID)
     process.kill()
     assert await process.wait() == -signal.SIGKILL
 
 
-async def test_parent_death_signal_from_another_pid_namespace(option_rung: str) -> None:
+async def test_parent_death_signal_from_another_pid_namespace(core_rung: str) -> None:
     seen = await look(namespaces=CLONE_NEWPID, parent_death_signal=signal.SIGUSR1)
     assert seen["parent_death_signal"] == signal.SIGUSR1
 

@@ -136,19 +136,19 @@ PLAIN: dict[str, dict[str, Any]] = {}
 
 @pytest.mark.parametrize(("options", "field", "value"), EACH, ids=ids)
 async def test_each_is_seen_in_the_child(
-    option_rung: str, options: dict[str, Any], field: str, value: Any
+    core_rung: str, options: dict[str, Any], field: str, value: Any
 ) -> None:
     seen = await look(**options)
     assert seen[field] == value
-    plain = PLAIN.get(option_rung)
+    plain = PLAIN.get(core_rung)
     if plain is None:
-        plain = PLAIN[option_rung] = await look()
+        plain = PLAIN[core_rung] = await look()
     changed = {name for name in seen if seen[name] != plain[name]}
     also = {"uid", "nice", "parent_death_signal", "capabilities"} if len(options) == 2 else set()
     assert changed <= {field} | also | ({"timer_slack"} if field == "scheduler" else set())
 
 
-async def test_rlimits(option_rung: str) -> None:
+async def test_rlimits(core_rung: str) -> None:
     limits = {
         resource.RLIMIT_CPU: (11, 12),
         resource.RLIMIT_CORE: (0, 0),
@@ -161,7 +161,7 @@ async def test_rlimits(option_rung: str) -> None:
     assert seen["rlimits"][str(resource.RLIMIT_STACK)] == list(resource.getrlimit(resource.RLIMIT_STACK))
 
 
-async def test_limits_do_not_hinder_the_other_options(option_rung: str) -> None:
+async def test_limits_do_not_hinder_the_other_options(core_rung: str) -> None:
     done = await aiovspawn.run_process(
         ["/bin/cat", "/proc/self/oom_score_adj"],
         stdin=subprocess.DEVNULL,
@@ -174,7 +174,7 @@ async def test_limits_do_not_hinder_the_other_options(option_rung: str) -> None:
     assert done.rusage is not None
 
 
-async def test_ignore_signals(option_rung: str) -> None:
+async def test_ignore_signals(core_rung: str) -> None:
     plain = await look()
     seen = await look(ignore_signals={signal.SIGHUP, signal.SIGUSR2})
     # Python itself ignores some.
@@ -183,7 +183,7 @@ async def test_ignore_signals(option_rung: str) -> None:
     assert again["ignored"] & bits(signal.SIGPIPE)
 
 
-async def test_all_together_on_the_fast_path(option_rung: str) -> None:
+async def test_all_together_on_the_fast_path(core_rung: str) -> None:
     """All but oom_score_adj, which is what leaves the detached rungs."""
     before = _core.counts()["rungs"]
     seen = await look(
@@ -210,7 +210,7 @@ async def test_all_together_on_the_fast_path(option_rung: str) -> None:
     assert list(used) == [_core.rung()]
 
 
-async def test_oom_score_adj_is_the_childs_alone(option_rung: str) -> None:
+async def test_oom_score_adj_is_the_childs_alone(core_rung: str) -> None:
     """On a detached rung the kernel would give it to us as well: not even a forced one is used."""
     ours = Path("/proc/self/oom_score_adj").read_text()
     rung, before = _core.rung(), _core.counts()["rungs"]
@@ -232,7 +232,7 @@ REFUSING = b"".join(
 """getpid() fails."""
 
 
-async def test_seccomp(option_rung: str) -> None:
+async def test_seccomp(core_rung: str) -> None:
     code = (
         "import ctypes; libc = ctypes.CDLL(None, use_errno=True);"
         " print(libc.getpid(), libc.syscall(NR), ctypes.get_errno())"
@@ -261,7 +261,7 @@ def killing(number: int) -> list[seccomp.Instruction]:
     return [*seccomp.refuse(number, 0)[:2], (seccomp.RETURN, 0, 0, 0x80000000)]
 
 
-async def test_seccomp_that_refuses_what_a_failed_child_does(option_rung: str, tmp_path: Path) -> None:
+async def test_seccomp_that_refuses_what_a_failed_child_does(core_rung: str, tmp_path: Path) -> None:
     filters = [
         (program(seccomp.refuse(EXIT_GROUP, errno.EPERM)), errno.ENOENT),
         (program(seccomp.refuse(EXIT_GROUP, errno.EPERM), seccomp.refuse(EXIT, errno.EPERM)), errno.ENOENT),
@@ -284,7 +284,7 @@ async def test_seccomp_that_refuses_what_a_failed_child_does(option_rung: str, t
     assert not list(tmp_path.iterdir())  # a core file would have had our memory
 
 
-async def test_controlling_terminal(option_rung: str) -> None:
+async def test_controlling_terminal(core_rung: str) -> None:
     terminal, stdin = os.openpty()
     try:
         code = (
@@ -420,7 +420,7 @@ def test_each_option_has_its_rows(name: str) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
-async def test_chroot(option_rung: str, tmp_path: Path) -> None:
+async def test_chroot(core_rung: str, tmp_path: Path) -> None:
     source = tmp_path / "where.c"
     source.write_text(
         "#include <stdio.h>\n#include <unistd.h>\n"
@@ -438,7 +438,7 @@ async def test_chroot(option_rung: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="chroot(2) is root's")
-async def test_jail_has_no_say_in_oom_score_adj(option_rung: str, tmp_path: Path) -> None:
+async def test_jail_has_no_say_in_oom_score_adj(core_rung: str, tmp_path: Path) -> None:
     """Its /proc may be anything: here one that would hold up the launch for ever."""
     (tmp_path / "proc" / "self").mkdir(parents=True)
     os.mkfifo(tmp_path / "proc" / "self" / "oom_score_adj")
@@ -451,7 +451,7 @@ async def test_jail_has_no_say_in_oom_score_adj(option_rung: str, tmp_path: Path
 
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
-async def test_limit_of_processes_is_the_new_users(option_rung: str) -> None:
+async def test_limit_of_processes_is_the_new_users(core_rung: str) -> None:
     """Exceeded by what that user runs already, it hinders forks of the program, not the program."""
     uid = 54321
     others = [await aiovspawn.create_subprocess_exec("sleep", "1000", user=uid) for _ in range(3)]
@@ -531,7 +531,7 @@ def forcible(rung: str) -> str:
     return rung if rung in aiovspawn._launch.RUNGS else ""
 
 
-async def test_parent_death_signal_arrives(option_rung: str) -> None:
+async def test_parent_death_signal_arrives(core_rung: str) -> None:
     code = (
         "import asyncio, aiovspawn, sys\n"
         "async def main():\n"
@@ -540,9 +540,7 @@ async def test_parent_death_signal_arrives(option_rung: str) -> None:
         "    import os; os._exit(0)\n"
         "asyncio.run(main())\n"
     )
-    environment = os.environ | {
-        "AIOVSPAWN_RUNG": option_rung if option_rung in aiovspawn._launch.RUNGS else ""
-    }
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
     done = await aiovspawn.run_process(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, timeout=20
     )
@@ -572,7 +570,7 @@ KERNEL_REFUSES: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("options", "number"), KERNEL_REFUSES, ids=ids)
-async def test_what_the_kernel_refuses(option_rung: str, options: dict[str, Any], number: int) -> None:
+async def test_what_the_kernel_refuses(core_rung: str, options: dict[str, Any], number: int) -> None:
     name = next(iter(options))
     with pytest.raises(OSError) as caught:
         await aiovspawn.run_process(["/bin/true"], **options)
@@ -601,7 +599,7 @@ UNPRIVILEGED: list[dict[str, Any]] = [
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
 @pytest.mark.parametrize("options", UNPRIVILEGED, ids=ids)
-async def test_unprivileged_use(option_rung: str, options: dict[str, Any]) -> None:
+async def test_unprivileged_use(core_rung: str, options: dict[str, Any]) -> None:
     """Asked for by a process without privileges, in a process of its own."""
     code = (
         "import asyncio, os, sys, aiovspawn\n"
@@ -613,9 +611,7 @@ async def test_unprivileged_use(option_rung: str, options: dict[str, Any]) -> No
         "        print(exc.__notes__[0])\n"
         "asyncio.run(main())\n"
     )
-    environment = os.environ | {
-        "AIOVSPAWN_RUNG": option_rung if option_rung in aiovspawn._launch.RUNGS else ""
-    }
+    environment = os.environ | {"AIOVSPAWN_RUNG": core_rung if core_rung in aiovspawn._launch.RUNGS else ""}
     done = await aiovspawn.run_process(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
@@ -748,7 +744,7 @@ async def test_zero_is_not_none() -> None:
 
 
 @pytest.mark.skipif(not ROOT, reason="capabilities are root's")
-async def test_capabilities_that_are_kept_by_securebits(option_rung: str) -> None:
+async def test_capabilities_that_are_kept_by_securebits(core_rung: str) -> None:
     seen = await look(securebits=0b110000, user=NOBODY, ambient_capabilities={NET_RAW})
     assert seen["capabilities"]["Eff"] == 1 << NET_RAW
 

@@ -34,7 +34,7 @@ async def seen(process: aiovspawn.Process) -> bytes:
     return output
 
 
-async def test_it_is_the_programs_terminal(option_rung: str) -> None:
+async def test_it_is_the_programs_terminal(core_rung: str) -> None:
     process = await create_subprocess_exec(PYTHON, "-I", "-S", "-c", LOOK, pty=(33, 111))
     assert (process.stdin, process.stdout, process.stderr) == (None, None, None)
     lines = (await seen(process)).decode().split("\r\n")
@@ -46,14 +46,14 @@ async def test_size_when_none_is_given() -> None:
     assert await seen(await create_subprocess_exec("stty", "size", pty=True)) == b"24 80\r\n"
 
 
-async def test_user_owns_it(option_rung: str) -> None:
+async def test_user_owns_it(core_rung: str) -> None:
     if not ROOT:
         pytest.skip("takes root to become nobody")
     process = await create_subprocess_exec(PYTHON, "-I", "-S", "-c", LOOK, pty=True, user=NOBODY)
     assert f"{NOBODY} True".encode() in await seen(process)
 
 
-async def test_read_and_write(option_rung: str) -> None:
+async def test_read_and_write(core_rung: str) -> None:
     process = await create_subprocess_shell("read line; echo got $line; read line || echo end", pty=True)
     pty = process.pty
     assert pty is not None
@@ -67,7 +67,7 @@ async def test_read_and_write(option_rung: str) -> None:
     assert await process.wait() == 0
 
 
-async def test_interrupt_from_the_keyboard(option_rung: str) -> None:
+async def test_interrupt_from_the_keyboard(core_rung: str) -> None:
     process = await create_subprocess_shell("echo ready; exec sleep 1000", pty=True)
     assert process.pty is not None
     await process.pty.readline()
@@ -76,7 +76,7 @@ async def test_interrupt_from_the_keyboard(option_rung: str) -> None:
     assert await process.pty.read() == b"^C"
 
 
-async def test_resize(option_rung: str) -> None:
+async def test_resize(core_rung: str) -> None:
     command = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.01; done"
     process = await create_subprocess_shell(command, pty=True)
     assert process.pty is not None
@@ -101,13 +101,13 @@ async def test_only_a_terminal_has_a_size() -> None:
     await process.wait()
 
 
-async def test_output_longer_than_all_buffers(option_rung: str) -> None:
+async def test_output_longer_than_all_buffers(core_rung: str) -> None:
     process = await create_subprocess_shell("head -c 1000000 /dev/zero", pty=True, limit=1000)
     await asyncio.sleep(0.05)
     assert await seen(process) == bytes(1_000_000)
 
 
-async def test_input_longer_than_all_buffers(option_rung: str) -> None:
+async def test_input_longer_than_all_buffers(core_rung: str) -> None:
     data = os.urandom(300_000)
     command = f"import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read({len(data)})).hexdigest())"
     process = await create_subprocess_exec(
@@ -122,7 +122,7 @@ async def test_input_longer_than_all_buffers(option_rung: str) -> None:
     await process.wait()
 
 
-async def test_stderr_of_its_own(option_rung: str) -> None:
+async def test_stderr_of_its_own(core_rung: str) -> None:
     process = await create_subprocess_shell("echo out; echo err >&2; tty <&2", pty=True, stderr=PIPE)
     assert process.stderr is not None
     assert await process.stderr.read() == b"err\n"
@@ -131,7 +131,7 @@ async def test_stderr_of_its_own(option_rung: str) -> None:
     assert await seen(process) == b"err\r\n"
 
 
-async def test_close_hangs_up(option_rung: str) -> None:
+async def test_close_hangs_up(core_rung: str) -> None:
     process = await create_subprocess_exec("sleep", "1000", pty=True)
     assert process.pty is not None
     assert not process.pty.is_closing()
@@ -152,7 +152,7 @@ async def test_scope_ends_an_interactive_shell_at_once() -> None:
     assert time.monotonic() - begin < 50
 
 
-async def test_wait_does_not_wait_for_others_at_the_terminal(option_rung: str) -> None:
+async def test_wait_does_not_wait_for_others_at_the_terminal(core_rung: str) -> None:
     process = await create_subprocess_shell("trap '' HUP; sleep 1000 & echo $!", pty=True)
     assert process.pty is not None
     other = int(await process.pty.readline())
@@ -161,14 +161,14 @@ async def test_wait_does_not_wait_for_others_at_the_terminal(option_rung: str) -
     assert await process.pty.read() == b""
 
 
-async def test_exec_error_leaves_no_terminal(option_rung: str) -> None:
+async def test_exec_error_leaves_no_terminal(core_rung: str) -> None:
     before = set(os.listdir("/dev/pts"))
     with pytest.raises(FileNotFoundError):
         await create_subprocess_exec("/nonexistent", pty=True)
     assert set(os.listdir("/dev/pts")) == before
 
 
-async def test_cancelled_at_every_turn(option_rung: str) -> None:
+async def test_cancelled_at_every_turn(core_rung: str) -> None:
     for turns in range(4):
         task = asyncio.ensure_future(create_subprocess_exec("sleep", "1000", pty=True))
         for _ in range(turns):

@@ -79,7 +79,8 @@ for _suite in SUITES:
     for _loop, _factory in LOOP_FACTORIES.items():
         for _debug in False, True:
             _name = f"Test_{_suite}_{_loop}{'_debug' * _debug}"
-            globals()[_name] = type(_name, (case_of(_suite, _factory, _debug),), {})
+            _case = type(_name, (case_of(_suite, _factory, _debug),), {})
+            globals()[_name] = pytest.mark.slow(_case) if _debug else _case
 
 
 def test_every_difference_names_a_test() -> None:
