@@ -73,6 +73,14 @@ def test_example_of_one_call(tmp_path: Path) -> None:
     assert children(tmp_path / "report") == {"detached-clone3": 4}
 
 
+def test_example_of_options(tmp_path: Path) -> None:
+    lines = subprocess.check_output(counting(tmp_path / "report", EXAMPLES / "options.py"), text=True)
+    assert re.fullmatch(
+        r"limited to 64 \d+ NoNewPrivs: 1\na terminal of 24 80\nterminal, hello terminal\n", lines
+    )
+    assert children(tmp_path / "report") == {"detached-clone3": 2}
+
+
 @pytest.mark.parametrize("factory", ["aiovspawn:new_event_loop", "aiovspawn.uvloop:new_event_loop"])
 def test_uvicorn_answers_with_the_output_of_a_program(tmp_path: Path, factory: str) -> None:
     command = ["-m", "uvicorn", "--app-dir", EXAMPLES, "uvicorn_app:app", "--loop", factory, "--port", 0]
