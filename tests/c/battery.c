@@ -666,6 +666,101 @@ static void forks_in_another_thread_hold_nothing_up(void)
     expect_nothing_left(hub, fds);
 }
 
+/* What the steps of a table do to the numbers below TABLE, each of which holds a file of its
+ * own at first. 0 is no file. */
+enum { TABLE = 40, MAPPED = 12 };
+
+static void follow_steps(const struct spawn_child *child, int table[TABLE])
+{
+    int saved = 0;
+    for (size_t i = 0; i < child->step_count; i++) {
+        const struct spawn_step *step = &child->steps[i];
+        if (step->op == SPAWN_CLOSE_RANGE)
+            for (long fd = step->a; fd <= step->b && fd < TABLE; fd++)
+                table[fd] = 0;
+        if (step->op == SPAWN_SAVE_FD)
+            saved = table[step->a];
+        if (step->op == SPAWN_STDIO || step->op == SPAWN_MAP_FD)
+            table[step->b] = step->a == SPAWN_SAVED ? saved : table[step->a];
+    }
+}
+
+static void try_moves(unsigned *seed)
+{
+    static struct spawn_step steps[MAPPED], table_of_steps[512];
+    int table[TABLE], count = 0;
+    struct spawn_request request = {.close_fds = rand_r(seed) % 2, .steps = steps};
+    struct spawn_child child = {.steps = table_of_steps};
+    struct spawn_ends ends;
+    spawn_ends_init(&ends);
+    ends.status_write = TABLE - 1; /* as if it had been moved out of their way */
+    for (int fd = 0; fd < TABLE; fd++)
+        table[fd] = fd + 1;
+    for (int i = 0; i < 3; i++) {
+        request.stdio[i] = rand_r(seed) % 3 ? rand_r(seed) % (TABLE / 2) : SPAWN_INHERIT;
+        ends.source[i] = request.stdio[i];
+    }
+    for (int fd = 3; fd < TABLE / 2 && count < MAPPED; fd++)
+        if (rand_r(seed) % 2)
+            steps[count++] = (struct spawn_step){.op = SPAWN_MAP_FD, .a = rand_r(seed) % (TABLE / 2), .b = fd};
+    request.step_count = (size_t)count;
+    spawn_prepare(&request, &ends, SPAWN_DETACHED_CLONE3, false, &child);
+    CHECK(child.step_count <= spawn_step_bound(&request));
+    follow_steps(&child, table);
+    for (int i = 0; i < 3; i++)
+        CHECK(table[i] == (request.stdio[i] == SPAWN_INHERIT ? i : request.stdio[i]) + 1);
+    for (int i = 0; i < count; i++)
+        CHECK(table[steps[i].b] == steps[i].a + 1);
+    CHECK(table[TABLE - 1] == TABLE);
+    for (int fd = 3; fd < TABLE - 1; fd++)
+        CHECK(!request.close_fds || !table[fd] || spawn_is_mapped(&request, fd));
+}
+
+static void moves_of_fds_end_where_they_should(void)
+{
+    unsigned seed = 1;
+    for (int i = 0; i < 20000; i++)
+        try_moves(&seed);
+}
+
+/* Two directions, two fds of the parent; who closes it last ends both. */
+static void terminal_ends_with_its_program(void)
+{
+    struct hub *hub = new_hub();
+    int fds = count_fds();
+    static const char *const argv[] = {"/usr/bin/tty", NULL};
+    static const struct spawn_step steps[] = {{.op = SPAWN_PTY, .a = 24, .b = 80}, {.op = SPAWN_SETSID}};
+    struct block *block = block_for(argv, steps, 2);
+    struct launch *launch = NULL;
+    enum spawn_op op;
+    for (int i = 0; i < 3; i++)
+        block->request.stdio[i] = SPAWN_TERMINAL;
+    CHECK(start_block(hub, block, &launch, &op) == 0);
+    CHECK(launch_resize(launch, 1, 2) == 0);
+    struct pollfd ready = {.fd = hub->epoll_fd, .events = POLLIN};
+    char output[64] = "";
+    for (bool ended = false; !ended;) {
+        CHECK(poll(&ready, 1, 10000) == 1);
+        int events = hub_drain(hub);
+        for (int i = 0; i < events; i++) {
+            struct hub_event *event = &hub->events[i];
+            if (event->kind != HUB_STDOUT)
+                continue;
+            CHECK(event->value == 0); /* not EIO */
+            ended = event->size == 0;
+            strncat(output, event->data ? event->data : "", event->size);
+        }
+        hub_done(hub);
+    }
+    CHECK(!strncmp(output, "/dev/pts/", 9));
+    launch_close_pipe(launch, LAUNCH_STDIN);
+    CHECK(launch_resize(launch, 1, 2) == -EBADF);
+    while (!launch_poll(launch, &(int){0}))
+        usleep(1000);
+    launch_free(launch);
+    expect_nothing_left(hub, fds);
+}
+
 #define TEST(name) {#name, name}
 static const struct {
     const char *name;
@@ -694,6 +789,8 @@ static const struct {
     TEST(child_needs_little_stack),
     TEST(replaced_stdin_is_noticed),
     TEST(forks_in_another_thread_hold_nothing_up),
+    TEST(moves_of_fds_end_where_they_should),
+    TEST(terminal_ends_with_its_program),
 };
 enum { TESTS = sizeof tests / sizeof *tests };
 
