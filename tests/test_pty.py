@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,18 @@ print(len(names), os.getsid(0) == os.getpid(), os.tcgetpgrp(tty) == os.getpid())
 print(*os.get_terminal_size(0)[::-1])
 print(os.stat(os.ttyname(0)).st_uid, os.get_blocking(0), sorted(map(int, os.listdir("/proc/self/fd")))[:4])
 """
+
+
+@pytest.fixture(autouse=True)
+def terminals_signals_end_programs() -> Iterator[None]:
+    """Also where the tests themselves run in the background, or under nohup(1)."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGHUP, signal.SIGWINCH)}
+    interrupt = signal.getsignal(signal.SIGINT)
+    if interrupt is signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 async def seen(process: aiovspawn.Process) -> bytes:
