@@ -183,31 +183,75 @@ async def test_ignore_signals(core_rung: str) -> None:
     assert again["ignored"] & bits(signal.SIGPIPE)
 
 
+FOR_EVERYBODY: dict[str, Any] = {
+    "fd_map": {9: SOURCE},
+    "rlimits": {resource.RLIMIT_CORE: (0, 0)},
+    "nice": 1,
+    "ioprio": (2, 1),
+    "scheduler": (os.SCHED_BATCH, 0),
+    "cpu_affinity": [min(os.sched_getaffinity(0))],
+    "parent_death_signal": int(signal.SIGKILL),
+    "no_new_privs": True,
+    "seccomp": bytes.fromhex("060000000000ff7f"),
+    "sigmask": [10],
+    "ignore_signals": [12],
+    "personality": 0x0040000,
+    "timer_slack": 1000,
+    "umask": 0o77,
+    "start_new_session": True,
+}
+FOR_ROOT: dict[str, Any] = {
+    "chroot": "/",
+    "securebits": 0b100,
+    "namespaces": 0x4000000,
+    "drop_capabilities": {SYS_ADMIN},
+    "ambient_capabilities": {NET_RAW},
+}
+
+
+def check_all_together(seen: dict[str, Any]) -> None:
+    assert seen["fds"]["9"] == "/dev/zero"
+    assert tuple(seen["rlimits"][str(resource.RLIMIT_CORE)]) == (0, 0)
+    assert seen["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 1
+    assert (seen["ioprio"], seen["scheduler"]) == (2 << 13 | 1, [os.SCHED_BATCH, 0])
+    assert seen["cpu_affinity"] == [min(os.sched_getaffinity(0))]
+    assert (seen["parent_death_signal"], seen["no_new_privs"], seen["seccomp"]) == (9, 1, "2")
+    assert seen["sigmask"] == bits(10)
+    assert seen["ignored"] & bits(12)
+    assert (seen["personality"], seen["timer_slack"], seen["umask"]) == (0x0040000, 1000, "0077")
+    assert seen["leads"] == [True, True]
+
+
 async def test_all_together_on_the_fast_path(core_rung: str) -> None:
-    """All but oom_score_adj, which is what leaves the detached rungs."""
+    """All but cgroup and oom_score_adj, which are what leaves the detached rungs."""
     before = _core.counts()["rungs"]
-    seen = await look(
-        rlimits={resource.RLIMIT_CORE: (0, 0)},
-        nice=1,
-        ioprio=(2, 1),
-        scheduler=(os.SCHED_BATCH, 0),
-        cpu_affinity=[min(os.sched_getaffinity(0))],
-        parent_death_signal=signal.SIGKILL,
-        no_new_privs=True,
-        sigmask=[signal.SIGUSR1],
-        ignore_signals=[signal.SIGUSR2],
-        personality=0x0040000,
-        timer_slack=1000,
-        umask=0o77,
-        start_new_session=True,
-    )
-    assert (seen["nice"], seen["no_new_privs"], seen["sigmask"]) == (
-        os.getpriority(os.PRIO_PROCESS, 0) + 1,
-        1,
-        bits(signal.SIGUSR1),
-    )
+    seen = await look(**FOR_EVERYBODY, **(FOR_ROOT if ROOT else {}))
+    check_all_together(seen)
+    if ROOT:
+        assert seen["namespaces"] == ["uts"]
+        assert seen["securebits"] == 0b100
+        assert seen["capabilities"]["Amb"] == 1 << NET_RAW
+        assert not seen["capabilities"]["Bnd"] >> SYS_ADMIN & 1
+    process = await aiovspawn.create_subprocess_exec("/bin/true", pty=True, **FOR_EVERYBODY)
+    assert await process.wait() == 0
     used = {name: count for name, count in _core.counts()["rungs"].items() if count != before[name]}
     assert list(used) == [_core.rung()]
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+@pytest.mark.skipif(sys.executable == PYTHON, reason="this Python may not be everybody's")
+async def test_all_together_without_privileges() -> None:
+    options = FOR_EVERYBODY | {"oom_score_adj": 400}
+    code = (
+        f"source = os.open('/dev/zero', os.O_RDWR)\n"
+        f"options = {options | {'fd_map': {}}!r} | {{'fd_map': {{9: source}}}}\n"
+        f"done = await aiovspawn.run_process({COMMAND!r}, stdout=-1, cwd='/', **options)\n"
+        "print(done.stdout.decode())"
+    )
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True)
+    seen = json.loads(done.stdout)
+    check_all_together(seen)
+    assert (seen["uid"], seen["oom_score_adj"]) == (NOBODY, 400)
 
 
 async def test_oom_score_adj_is_the_childs_alone(core_rung: str) -> None:
