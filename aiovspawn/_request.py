@@ -25,6 +25,7 @@ StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 INHERIT = -4
 """In the stdio plan: the child has the parent's. The other values below zero are subprocess's."""
+STANDARD_FDS = frozenset((0, 1, 2))
 BAD_FD = -5
 TERMINAL = -6
 
@@ -105,9 +106,11 @@ def make_request(
     if options:
         if options.get("fd_map") is not None:
             fd_map = options["fd_map"] = normal_fd_map(options["fd_map"])
-            stdin, stdout, stderr = map_stdio(fd_map, (stdin, stdout, stderr))
-            pass_fds = tuple(pass_fds)
-            _reject_mapped(fd_map, pass_fds)
+            if not STANDARD_FDS.isdisjoint(fd_map):
+                stdin, stdout, stderr = map_stdio(fd_map, (stdin, stdout, stderr))
+            if pass_fds:
+                pass_fds = tuple(pass_fds)
+                _reject_mapped(fd_map, pass_fds)
         checked = option_steps(options, user is not None)
         terminal = bool(options.get("pty"))
         start_new_session = start_new_session or terminal or options.get("controlling_terminal") is True

@@ -413,14 +413,26 @@ def _complete(
     """Add and move what one option asks of the places of others."""
     if options.get("pty"):
         before_ids.insert(0, (_core.STEP_CONTROLLING_TERMINAL, 0, 0, None))
-    flags = next((step[1] for step in first if step[0] == _core.STEP_NAMESPACES), 0)
     for name in ("uid_map", "gid_map"):
-        if options.get(name) is not None and not flags & CLONE_NEWUSER:
+        if options.get(name) is not None and not _new_namespaces(first) & CLONE_NEWUSER:
             raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
-    if options.get("rlimits"):
-        before_ids[:0] = _raised_rlimits(before_ids)
+    limits = options.get("rlimits")
+    if limits:
+        if RLIMIT_NICE in limits or RLIMIT_RTPRIO in limits:
+            before_ids[:0] = _raised_rlimits(before_ids)
         if changes_user:
             _move_process_limit(before_ids, last)
-    keeps = any(step[0] == _core.STEP_SECUREBITS and step[1] & SECBIT_KEEP_CAPS for step in before_ids)
-    if changes_user and options.get("ambient_capabilities") is not None and not keeps:
+    if (
+        changes_user
+        and options.get("ambient_capabilities") is not None
+        and not _keeps_capabilities(before_ids)
+    ):
         before_ids.append((_core.STEP_KEEP_CAPABILITIES, 0, 0, None))
+
+
+def _new_namespaces(steps: Steps) -> int:
+    return next((step[1] for step in steps if step[0] == _core.STEP_NAMESPACES), 0)
+
+
+def _keeps_capabilities(steps: Steps) -> bool:
+    return any(step[0] == _core.STEP_SECUREBITS and step[1] & SECBIT_KEEP_CAPS for step in steps)
