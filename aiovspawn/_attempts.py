@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import signal
 from typing import Any
 
 from . import _core, _popen
@@ -128,11 +129,7 @@ class Attempts:
             self._first_id = self._launch.id
             self._contended = self._launch.contended
         busy = error == errno.ETXTBSY and step == _core.STEP_EXEC
-        hidden = error == errno.EACCES and step in (
-            _core.STEP_OOM_SCORE,
-            _core.STEP_UID_MAP,
-            _core.STEP_GID_MAP,
-        )
+        hidden = error == errno.EACCES and step in STEPS_THAT_OPEN
         return (busy or hidden) and self._contended and self._retries < len(RETRY_DELAYS)
 
     def _call_retry(self, delay: float, waited: float) -> None:
@@ -149,6 +146,22 @@ class Attempts:
             self._attempt()
         except Exception as exc:
             self._attempt_failed(exc)
+
+    def kill_tree(self) -> str:
+        """Kill the child's own cgroup, else its process group, else the child; returns which."""
+        killed = "cgroup" if self._launch.kill_cgroup() else ""
+        # Also who has moved to another cgroup, or has not come to its own yet.
+        try:
+            self._launch.signal_group(signal.SIGKILL)
+            return killed or "process group"
+        except (ProcessLookupError, PermissionError):
+            pass
+        try:
+            self._launch.send_signal(signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            if not killed:
+                raise
+        return killed or "process"
 
     def poll_exit(self) -> None:
         """Look for the exit, where no event tells of it: in a forked child."""

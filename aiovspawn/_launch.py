@@ -148,7 +148,6 @@ def _reject_text(keywords: dict[str, Any]) -> None:
 
 TEXT_KEYWORDS = frozenset(("universal_newlines", "bufsize", "text", "encoding", "errors"))
 
-
 # Keywords come as a dict: by name, each level would compare each option with all of its parameters.
 
 

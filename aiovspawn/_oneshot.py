@@ -52,7 +52,8 @@ class OneShot(Attempts):
     _in_grace = False
     _undoing = False
     _cancelled_in_turn = False
-    """Since the last turn of the loop, or so long that it may be one and the same cancellation."""
+    """So lately that one more may be one and the same cancellation."""
+    _turns_left = 0
     _held = False
     _timers: dict[str, asyncio.TimerHandle] | None = None
     _error: Exception | None = None
@@ -173,15 +174,11 @@ class OneShot(Attempts):
         """The process has been reaped; held: another one has its pipes."""
         self.returncode = returncode
         self._held = held
-        if (
-            self._timers is not None
-            and "kill" in self._timers
-            and not (self._in_grace and self._limits.kill_group)
-        ):
-            self._timers["kill"].cancel()
         if self._in_grace and self._limits.kill_group:
             self._wait_for_group()
         else:
+            if self._timers is not None and "kill" in self._timers:
+                self._timers["kill"].cancel()
             self._end()
         if held and self._limits.kill_at_limit and self.exceeded:
             self.kill()
@@ -239,9 +236,10 @@ class OneShot(Attempts):
 
     def _signal(self, number: int) -> None:
         # PermissionError: it has become somebody else's.
-        if self._limits.kill_group and number == signal.SIGKILL:
-            self._launch.kill_cgroup()  # and all below: it may have moved to another
         with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._limits.kill_group and number == signal.SIGKILL:
+                self.kill_tree()
+                return
             if self._limits.kill_group:
                 self._launch.signal_group(number)
                 return

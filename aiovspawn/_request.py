@@ -25,9 +25,11 @@ StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 INHERIT = -4
 """In the stdio plan: the child has the parent's. The other values below zero are subprocess's."""
-STANDARD_FDS = frozenset((0, 1, 2))
 BAD_FD = -5
 TERMINAL = -6
+"""The program's new terminal."""
+
+STANDARD_FDS = frozenset((0, 1, 2))
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
 DEFAULT_STEPS: tuple[Step, ...] = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)

@@ -42,8 +42,8 @@ STDERR_FD = 2
 RLIMIT = struct.Struct("QQ")
 MASK = struct.Struct("Q")
 PRIORITY = struct.Struct("i")
-RLIMIT_NICE, RLIMIT_RTPRIO = 13, 14
-"""Of asm-generic/resource.h; the resource module lacks them."""
+RAISING_LIMITS = frozenset((13, 14))
+"""RLIMIT_NICE and RLIMIT_RTPRIO of asm-generic/resource.h; the resource module lacks them."""
 LIBC_SIGNALS = (32, 33)
 """With which glibc's threads talk to each other: nptl(7)."""
 NEVER_IGNORED = (signal.SIGKILL, signal.SIGSTOP, *LIBC_SIGNALS)
@@ -208,7 +208,7 @@ def _raised_rlimits(steps: Steps) -> Steps:
         step
         for step in steps
         if step[0] == _core.STEP_RLIMIT
-        and step[1] in (RLIMIT_NICE, RLIMIT_RTPRIO)
+        and step[1] in RAISING_LIMITS
         and RLIMIT.unpack(step[3] or b"")[0] > _own_limits(step[1])[0]
     ]
 
@@ -418,7 +418,7 @@ def _complete(
             raise ValueError(f"{name} needs CLONE_NEWUSER among the namespaces")
     limits = options.get("rlimits")
     if limits:
-        if RLIMIT_NICE in limits or RLIMIT_RTPRIO in limits:
+        if not RAISING_LIMITS.isdisjoint(map(int, limits)):
             before_ids[:0] = _raised_rlimits(before_ids)
         if changes_user:
             _move_process_limit(before_ids, last)

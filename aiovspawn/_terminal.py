@@ -78,6 +78,10 @@ class Terminal:
         """
         self._transport.resize(rows, columns)
 
+    async def wait_closed(self) -> None:
+        """Wait until the terminal is closed; see asyncio.StreamWriter.wait_closed()."""
+        await self._writer.wait_closed()
+
     def is_closing(self) -> bool:
         """Whether close() has been called or the last process has closed the terminal."""
         pipe = self._transport.get_pipe_transport(1)

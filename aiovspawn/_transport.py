@@ -325,22 +325,6 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         """Tell the pty its size."""
         self._launch.resize(rows, columns)
 
-    def kill_tree(self) -> str:
-        """Kill the child's own cgroup, else its process group, else the child; returns which."""
-        killed = "cgroup" if self._launch.kill_cgroup() else ""
-        # Also who has moved to another cgroup, or has not come to its own yet.
-        try:
-            self._launch.signal_group(signal.SIGKILL)
-            return killed or "process group"
-        except (ProcessLookupError, PermissionError):
-            pass
-        try:
-            self._launch.send_signal(signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            if not killed:
-                raise
-        return killed or "process"
-
     def keep_pidfd(self, keep: bool = True) -> None:
         """Keep the pidfd after the exit, for signal_group(); or no longer than until then."""
         self._launch.keep_pidfd(keep)

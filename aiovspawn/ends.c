@@ -1,4 +1,4 @@
-/* The file descriptors that the parent opens for a launch: pipes, and /dev/null.
+/* The file descriptors that the parent opens for a launch: pipes, /dev/null, a terminal, a cgroup.
  *
  * Every fd of ours is close-on-exec and >= 3, where no stdio step of the child overwrites
  * it. pipe(7).
@@ -131,10 +131,10 @@ static int open_devnull(struct spawn_ends *ends, int i)
 static int open_terminal(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
 {
     const struct spawn_step *step = spawn_find_step(request, SPAWN_PTY);
-    const struct spawn_step *user = spawn_find_step(request, SPAWN_SETUID);
-    int unlocked = 0;
     if (!step)
         return 0;
+    const struct spawn_step *user = spawn_find_step(request, SPAWN_SETUID);
+    int unlocked = 0;
     *ret_op = SPAWN_PTY;
     ends->terminal = true;
     int flags = O_RDWR | O_NOCTTY | O_CLOEXEC, *master = &ends->parent[1];

@@ -16,14 +16,10 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The pid is the child's own as long as the pidfd says after the opening that it is there,
- * and /proc is of our pid namespace. */
+/* The pid is the child's own as long as the pidfd says after the opening that it is there. */
 static int open_of_child(pid_t pid, int pidfd, const char *name)
 {
     char path[64];
-    int result = probe_try(PROBE_PROCFS);
-    if (result < 0)
-        return result;
     (void)snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     if (fd < 0)
@@ -65,8 +61,9 @@ void idmap_grant(const struct spawn_request *request, pid_t pid, int pidfd, int 
 {
     const struct spawn_step *uids = spawn_find_step(request, SPAWN_UID_MAP);
     const struct spawn_step *gids = spawn_find_step(request, SPAWN_GID_MAP);
+    int ours = probe_try(PROBE_PROCFS); /* in a /proc of another pid namespace it is somebody else's number */
     if (uids)
-        tell(go_fd, write_of_child(pid, pidfd, "uid_map", uids->data, (size_t)uids->a));
+        tell(go_fd, ours < 0 ? ours : write_of_child(pid, pidfd, "uid_map", uids->data, (size_t)uids->a));
     if (gids)
-        tell(go_fd, write_gid_map(pid, pidfd, gids));
+        tell(go_fd, ours < 0 ? ours : write_gid_map(pid, pidfd, gids));
 }

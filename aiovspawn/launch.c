@@ -924,7 +924,8 @@ int launch_resize(struct launch *launch, unsigned short rows, unsigned short col
 {
     const struct winsize size = {.ws_row = rows, .ws_col = columns};
     launch_lock();
-    int fd = launch->ends.parent[LAUNCH_STDOUT] >= 0 ? launch->ends.parent[LAUNCH_STDOUT] : launch->ends.parent[LAUNCH_STDIN];
+    const int *ends = launch->ends.parent;
+    int fd = ends[LAUNCH_STDOUT] >= 0 ? ends[LAUNCH_STDOUT] : ends[LAUNCH_STDIN];
     int result = !launch->ends.terminal ? -ENOTTY : ioctl(fd, TIOCSWINSZ, &size) < 0 ? -errno : 0;
     launch_unlock();
     return result;

@@ -168,10 +168,8 @@ static void order_moves(struct spawn_child *child, size_t first)
             swap_steps(&moves[0], &moves[count]);
             moves[count].a = SPAWN_SAVED;
         }
-        long source = moves[0].a;
         moves[0].data = NULL;
-        if (source != moves[0].b || moves[0].op == SPAWN_SAVE_FD)
-            drop_need(moves + 1, child->step_count - first, source);
+        drop_need(moves + 1, child->step_count - first, moves[0].a);
     }
 }
 

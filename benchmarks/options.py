@@ -6,7 +6,7 @@ as ratios to the plain launch of the same function in the same run:
   launch      time from launch to launch, so many in flight (the inverse of the rate)
   latency     from the call to the result, one at a time
   CPU         of the parent for each launch
-  loop gap    the longest time for which the loop did nothing else (milliseconds)
+  loop gap    milliseconds in which the loop did nothing else: all but a thousandth are shorter
 
     python benchmarks/options.py [--rounds 5] [--count 2000] [--each]
 

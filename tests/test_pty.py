@@ -109,7 +109,8 @@ async def test_only_a_terminal_has_a_size() -> None:
     with pytest.raises(OSError) as caught:
         process._transport.resize(1, 1)
     assert caught.value.errno == errno.ENOTTY
-    process.stdin.close()  # type: ignore[union-attr]
+    assert process.stdin is not None
+    process.stdin.close()
     await process.wait()
 
 
@@ -150,6 +151,7 @@ async def test_close_hangs_up(core_rung: str) -> None:
     process.pty.write(b"typed by nobody")
     process.pty.close()
     assert process.pty.is_closing()
+    await process.pty.wait_closed()
     assert await process.wait() == -signal.SIGHUP
     assert "closed" in repr(process.pty)
 
