@@ -122,25 +122,78 @@ def print_report(report: dict[str, Any]) -> None:
         print(f"  {line}")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 1 where there is no fast path."""
-    parser = argparse.ArgumentParser(prog="python -m aiovspawn", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    doctor = commands.add_parser(
-        "doctor", help="what the kernel allows here, which way launches go, and what to change"
-    )
-    doctor.add_argument(
-        "--json", metavar="FILE", help="write it to a file as JSON, - for the standard output"
-    )
-    options = parser.parse_args(arguments)
+def run_doctor(options: argparse.Namespace) -> int:
+    """0, or 1 where there is no fast path."""
     report = examine()
     if options.json is None:
         print_report(report)
-    elif options.json == "-":
-        print(json.dumps(report, indent=2))
     else:
-        Path(options.json).write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.json, report)
     return 1 if report["rung"] == "delegate" else 0
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """0, or 2 where the packages of the extra are missing."""
+    try:
+        from .bench import report
+    except ModuleNotFoundError as exc:
+        print(f"there is no {exc.name}: pip install 'aiovspawn[bench]'", file=sys.stderr)
+        return 2
+    from .bench.suite import Suite, tables
+
+    seconds = options.seconds or (0.3 if options.quick else 1.0)
+    rounds = options.rounds or (3 if options.quick else 5)
+    plan = {table.name: table for table in tables(options.quick, seconds)}
+    for name in options.only or ():
+        if name not in plan:
+            print(f"there is no table {name!r}: {', '.join(plan)}", file=sys.stderr)
+            return 2
+    suite = Suite([plan[name] for name in options.only or plan], rounds)
+    report.run_with_progress(suite)
+    if options.json != "-":
+        report.print_tables(suite)
+    if options.json is not None:
+        write_json(options.json, suite.as_json())
+    if options.plot is not None:
+        report.plot(suite, options.plot)
+    return 0
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    text = json.dumps(report, indent=2)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m aiovspawn", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    json_help = "write it to a file as JSON, - for the standard output"
+    doctor = commands.add_parser(
+        "doctor", help="what the kernel allows here, which way launches go, and what to change"
+    )
+    doctor.set_defaults(run=run_doctor)
+    doctor.add_argument("--json", metavar="FILE", help=json_help)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this package beside the kernel's limit, asyncio and the peers that are installed",
+        description="Needs the extra `bench`; with a C compiler there is the kernel's limit to compare with.",
+    )
+    bench.set_defaults(run=run_bench)
+    bench.add_argument("--quick", action="store_true", help="in a few minutes, with fewer points and rounds")
+    bench.add_argument("--plot", metavar="FILE", help="draw launches a second by files, memory and in flight")
+    bench.add_argument("--json", metavar="FILE", help=json_help)
+    bench.add_argument(
+        "--only", metavar="TABLE", action="append", help="this table of them; may be given again"
+    )
+    bench.add_argument("--rounds", type=int, help="of which the medians are (5, or 3)")
+    bench.add_argument("--seconds", type=float, help="of launching in each measurement (1, or 0.3)")
+    options = parser.parse_args(arguments)
+    status: int = options.run(options)
+    return status
 
 
 if __name__ == "__main__":

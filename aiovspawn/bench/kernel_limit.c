@@ -1,22 +1,22 @@
 /* What one thread can get out of the kernel: the yardstick of the benchmarks.
  *
- *   kernel_limit rate IN_FLIGHT COUNT PIPES PROGRAM [ARGUMENT...]
- *       keeps so many children in flight; PIPES is 1 to capture stdout, 0 for /dev/null
- *   kernel_limit spawn COUNT PIPES PROGRAM [ARGUMENT...]
- *       one after the other by posix_spawn and waitpid
+ *   kernel_limit [--fds=N] [--heap=GIB] rate IN_FLIGHT SECONDS PIPES PROGRAM [ARGUMENT...]
+ *       keeps so many children in flight; PIPES is 1 to capture stdout, 0 for none; before,
+ *       it opens N files and touches so much memory
+ *   kernel_limit live COUNT PROGRAM [ARGUMENT...]
+ *       kills so many living children, and reaps them
  *   kernel_limit capture PIPE_SIZE PROGRAM [ARGUMENT...]
  *       keeps all that one child writes in memory
  *
- * Each writes one line of JSON. One thread, epoll, a clone that shares memory and does
- * not suspend the parent, a pidfd, and nothing else: no status pipe, no signal mask, no
- * error that is not the end of the program.
+ * Each writes one line of JSON: seconds and what was done in them. One thread, epoll, a clone
+ * that shares memory and does not suspend the parent, a pidfd, and nothing else: no status
+ * pipe, no signal mask, no error that is not the end of the program.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,6 +24,7 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -120,78 +121,72 @@ static void read_output(struct slot *slot, int writers_gone)
         forget(&slot->output);
 }
 
-static void reap(struct slot *slot)
+static void reap(struct slot *slot, int how)
 {
     siginfo_t info;
     check(waitid((idtype_t)PIDFD, (id_t)slot->pidfd, &info, WEXITED) == 0, "waitid");
-    check(info.si_code == CLD_EXITED && info.si_status == 0, "child");
+    check(info.si_code == how && (how == CLD_KILLED || info.si_status == 0), "child");
     forget(&slot->pidfd);
 }
 
-static void rate(int in_flight, int count)
+static void open_slots(int count)
 {
-    struct epoll_event ready[64];
-    int started = 0, done = 0;
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    check(in_flight <= MAX_IN_FLIGHT && epoll_fd >= 0, "epoll_create1");
-    for (int i = 0; i < in_flight; i++) {
+    check(count <= MAX_IN_FLIGHT && epoll_fd >= 0, "epoll_create1");
+    for (int i = 0; i < count; i++) {
         slots[i].stack = mmap(NULL, STACK_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         check(slots[i].stack != MAP_FAILED, "mmap");
     }
-    double begin = now(), begin_cpu = cpu();
-    for (; started < in_flight && started < count; started++)
-        start(started);
-    while (done < count) {
+}
+
+static void rate(int in_flight, double seconds)
+{
+    struct epoll_event ready[64];
+    int started = 0, done = 0;
+    open_slots(in_flight);
+    double begin = now(), begin_cpu = cpu(), end = begin + seconds;
+    while (started < in_flight)
+        start(started++);
+    while (done < started) {
         int events = epoll_wait(epoll_fd, ready, 64, -1);
         check(events >= 0 || errno == EINTR, "epoll_wait");
         for (int i = 0; i < events; i++) {
             int number = (int)(ready[i].data.u64 / 2);
             struct slot *slot = &slots[number];
             if (ready[i].data.u64 & 1)
-                reap(slot);
+                reap(slot, CLD_EXITED);
             else
                 read_output(slot, (ready[i].events & EPOLLHUP) != 0);
             if (slot->pidfd >= 0 || slot->output >= 0)
                 continue;
             check(!captures || slot->captured > 0, "capture");
             done++;
-            if (started++ < count)
+            if (now() < end) {
+                started++;
                 start(number);
+            }
         }
     }
-    printf("{\"seconds\": %.9f, \"cpu\": %.9f}\n", now() - begin, cpu() - begin_cpu);
+    printf("{\"seconds\": %.9f, \"cpu\": %.9f, \"count\": %d}\n", now() - begin, cpu() - begin_cpu, done);
 }
 
-static void spawn_one(void)
+static void live(int count)
 {
-    posix_spawn_file_actions_t actions;
-    int fds[2] = {-1, -1}, status;
-    pid_t pid;
-    check(posix_spawn_file_actions_init(&actions) == 0, "posix_spawn_file_actions_init");
-    if (captures) {
-        check(pipe2(fds, O_CLOEXEC) == 0, "pipe2");
-        check(posix_spawn_file_actions_adddup2(&actions, fds[1], 1) == 0, "adddup2");
+    struct epoll_event ready[64];
+    open_slots(count);
+    for (int i = 0; i < count; i++)
+        start(i);
+    sleep(1); /* until they have exec'd */
+    double begin = now();
+    for (int i = 0; i < count; i++)
+        check(syscall(SYS_pidfd_send_signal, slots[i].pidfd, SIGKILL, NULL, 0) == 0, "pidfd_send_signal");
+    for (int done = 0; done < count;) {
+        int events = epoll_wait(epoll_fd, ready, 64, -1);
+        check(events >= 0 || errno == EINTR, "epoll_wait");
+        for (int i = 0; i < events; i++, done++)
+            reap(&slots[ready[i].data.u64 / 2], CLD_KILLED);
     }
-    check(posix_spawn(&pid, program[0], &actions, NULL, program, environ) == 0, "posix_spawn");
-    posix_spawn_file_actions_destroy(&actions);
-    if (captures) {
-        close(fds[1]);
-        while (read(fds[0], buffer, sizeof buffer) > 0)
-            ;
-        close(fds[0]);
-    }
-    check(waitpid(pid, &status, 0) == pid && status == 0, "waitpid");
-}
-
-static void spawn(int count)
-{
-    printf("[");
-    for (int i = 0; i < count; i++) {
-        double begin = now();
-        spawn_one();
-        printf("%s%.9f", i ? ", " : "", now() - begin);
-    }
-    printf("]\n");
+    printf("{\"seconds\": %.9f, \"count\": %d}\n", now() - begin, count);
 }
 
 /* Grows as realloc(3) lets it, which moves pages and not bytes. */
@@ -220,23 +215,51 @@ static void capture(int pipe_size)
     printf("{\"seconds\": %.9f, \"cpu\": %.9f, \"bytes\": %zu}\n", now() - begin, cpu() - begin_cpu, size);
 }
 
+static void open_files(int count)
+{
+    struct rlimit limit;
+    check(getrlimit(RLIMIT_NOFILE, &limit) == 0, "getrlimit");
+    limit.rlim_cur = limit.rlim_max;
+    check(setrlimit(RLIMIT_NOFILE, &limit) == 0, "setrlimit");
+    for (int i = 0; i < count; i++)
+        check(open("/dev/null", O_RDONLY | O_CLOEXEC) >= 0, "/dev/null");
+}
+
+/* In pages of the least size, of which most heaps consist. */
+static void touch(size_t size)
+{
+    char *heap = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    check(heap != MAP_FAILED && madvise(heap, size, MADV_NOHUGEPAGE) == 0, "mmap");
+    for (size_t i = 0; i < size; i += 4096)
+        heap[i] = 1;
+}
+
 int main(int argc, char **argv)
 {
-    int first = argc > 1 && !strcmp(argv[1], "rate") ? 5 : argc > 1 && !strcmp(argv[1], "spawn") ? 4 : 3;
-    if (argc <= first)
-        return 2;
-    program = argv + first;
-    captures = first > 3 && atoi(argv[first - 1]);
-    if (!captures && first > 3) {
-        int null = open("/dev/null", O_WRONLY | O_CLOEXEC), saved = fcntl(1, F_DUPFD_CLOEXEC, 3);
-        check(null >= 0 && saved >= 0 && dup2(null, 1) == 1, "/dev/null");
-        stdout = fdopen(saved, "w"); /* the children have /dev/null, we go on writing */
+    size_t gigabytes = 0;
+    int files = 0, at = 1;
+    for (; at < argc && !strncmp(argv[at], "--", 2); at++) {
+        if (!strncmp(argv[at], "--fds=", 6))
+            files = atoi(argv[at] + 6);
+        else if (!strncmp(argv[at], "--heap=", 7))
+            gigabytes = (size_t)atoi(argv[at] + 7);
+        else
+            return 2;
     }
-    if (first == 5)
-        rate(atoi(argv[2]), atoi(argv[3]));
-    else if (first == 4)
-        spawn(atoi(argv[2]));
+    char **given = argv + at; /* what to do, and then its arguments */
+    int arguments = at < argc && !strcmp(given[0], "rate") ? 3 : 1;
+    if (argc <= at + arguments + 1)
+        return 2;
+    program = given + arguments + 1;
+    open_files(files);
+    if (gigabytes)
+        touch(gigabytes << 30);
+    captures = arguments == 3 && atoi(given[3]);
+    if (arguments == 3)
+        rate(atoi(given[1]), atof(given[2]));
+    else if (!strcmp(given[0], "live"))
+        live(atoi(given[1]));
     else
-        capture(atoi(argv[2]));
+        capture(atoi(given[1]));
     return 0;
 }
