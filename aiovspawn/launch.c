@@ -196,6 +196,16 @@ static void show_memory_locked(struct launch *launch)
     launch->hides_memory = false;
     if (--hiding == 0 && visible_before == 1)
         (void)prctl(PR_SET_DUMPABLE, 1, 0, 0, 0);
+    if (launch->verdict != LAUNCH_PENDING)
+        launch_close_slot_locked(launch, LAUNCH_STATUS); /* see set_verdict_locked() */
+}
+
+/* Whether all writers of the status pipe have gone: the child has its new memory, after which
+ * the kernel closes what is close-on-exec, or is dead. execve(2), poll(2). */
+static bool status_has_ended(const struct launch *launch)
+{
+    struct pollfd status = {.fd = launch->ends.status_read};
+    return status.fd < 0 || (poll(&status, 1, 0) == 1 && (status.revents & POLLHUP));
 }
 
 bool launch_hides_memory_locked(void)
@@ -295,14 +305,15 @@ static void set_in_flight_locked(struct launch *launch, bool in_flight)
 }
 
 /* Frees the block if the child has left our memory, and tells. The kernel clears the word
- * before it gives the child its new memory: whether others may see ours again is told by what
- * comes after, the end of file or the exit; of a closed launch by nothing else. */
+ * before it gives the child its new memory, and may have to wait in between for whoever has
+ * ours locked: whether others may see ours again is told by what comes after, the end of file
+ * or the exit. */
 bool launch_left_memory_locked(struct launch *launch)
 {
     bool there = launch->block && !launch->reaped;
     if (there && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
         return false;
-    if (launch->reaped || launch->closed)
+    if (launch->reaped || (launch->closed && launch->hides_memory && status_has_ended(launch)))
         show_memory_locked(launch);
     if (launch->block)
         block_free_locked(launch->block);
@@ -319,13 +330,19 @@ static void set_detached_locked(struct launch *launch)
     spawn_close_child_ends(&launch->ends);
 }
 
+/* Of an exec that is known by other means than the status pipe's end, that end is kept until
+ * it tells, or the exit, that others may see our memory again. */
 static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict)
 {
+    bool execed = verdict == LAUNCH_EXECED, ended = !launch->hides_memory || status_has_ended(launch);
     launch->verdict = verdict;
     set_detached_locked(launch);
-    launch_close_slot_locked(launch, LAUNCH_STATUS);
+    if (execed && !ended)
+        hub_unwatch_locked(launch, LAUNCH_STATUS);
+    else
+        launch_close_slot_locked(launch, LAUNCH_STATUS);
     (void)launch_left_memory_locked(launch);
-    if (verdict == LAUNCH_EXECED)
+    if (execed && ended)
         show_memory_locked(launch);
 }
 
@@ -515,7 +532,8 @@ static void settle_closed_locked(struct launch *launch)
     if (!launch_left_memory_locked(launch) && launch->shares_fds)
         return;
     set_detached_locked(launch);
-    launch_close_slot_locked(launch, LAUNCH_STATUS);
+    if (!launch->hides_memory) /* else its end is to tell when others may see our memory again */
+        launch_close_slot_locked(launch, LAUNCH_STATUS);
 }
 
 /* And shows our memory again, where no loop has looked after the launch that hid it. */
@@ -524,7 +542,7 @@ static size_t reap_orphans_locked(void)
     struct launch *next, *launch = counts.orphans || hiding ? first_launch : NULL;
     for (; launch; launch = next) {
         next = launch->next;
-        if (launch->hides_memory && launch->detached && launch_left_memory_locked(launch))
+        if (launch->hides_memory && launch->detached && status_has_ended(launch))
             show_memory_locked(launch);
         if (!launch->closed || launch->pidfd < 0)
             continue;
