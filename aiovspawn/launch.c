@@ -201,11 +201,12 @@ static void show_memory_locked(struct launch *launch)
 }
 
 /* Whether all writers of the status pipe have gone: the child has its new memory, after which
- * the kernel closes what is close-on-exec, or is dead. execve(2), poll(2). */
+ * the kernel closes what is close-on-exec, or is dead. Without the pipe only the exit tells: a
+ * child that has failed lives on for a moment, with its new ids. execve(2), poll(2). */
 static bool status_has_ended(const struct launch *launch)
 {
     struct pollfd status = {.fd = launch->ends.status_read};
-    return status.fd < 0 || (poll(&status, 1, 0) == 1 && (status.revents & POLLHUP));
+    return status.fd >= 0 && poll(&status, 1, 0) == 1 && (status.revents & POLLHUP);
 }
 
 bool launch_hides_memory_locked(void)
