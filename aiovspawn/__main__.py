@@ -148,6 +148,9 @@ def run_bench(options: argparse.Namespace) -> int:
         if name not in plan:
             print(f"there is no table {name!r}: {', '.join(plan)}", file=sys.stderr)
             return 2
+    if options.plot is not None and not report.DRAWN.keys() & (options.only or plan.keys()):
+        print(f"--plot draws only {', '.join(report.DRAWN)}", file=sys.stderr)
+        return 2
     suite = Suite([plan[name] for name in options.only or plan], rounds)
     report.run_with_progress(suite)
     if options.json != "-":

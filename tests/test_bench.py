@@ -77,6 +77,8 @@ def test_unknown_table_and_missing_packages_are_told() -> None:
     done = subprocess.run([*BENCH, "--only", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "captured, without pipes, files" in done.stderr
+    done = subprocess.run([*BENCH, "--only", "import", "--plot", "x.svg"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "--plot draws only captured, files, heap\n")
     without = (
         "import sys; sys.modules['rich'] = None;"
         "from aiovspawn.__main__ import main; sys.exit(main(['bench']))"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -84,19 +85,20 @@ def cell_text(cell: Cell | None) -> str:
 # ---- the plot --------------------------------------------------------------------------
 
 
-def plot(suite: Suite, path: str) -> None:
-    """Draw launches a second by open files, by memory, and by how many are in flight."""
-    import matplotlib
+DRAWN = {"captured": "in flight", "files": "open files", "heap": "GiB of memory"}
+"""Tables, and what their points are."""
 
+
+def plot(suite: Suite, path: str) -> None:
+    """Draw launches a second of the tables that are DRAWN; there must be one of them."""
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "aiovspawn"
     from matplotlib import pyplot
 
-    drawn = [table for table in suite.plan if table.name in ("files", "heap", "captured")]
-    figure, axes = pyplot.subplots(1, max(len(drawn), 1), figsize=(5 * max(len(drawn), 1), 4), squeeze=False)
-    labels = {"files": "open files", "heap": "GiB of memory", "captured": "in flight"}
-    for axis, table in zip(axes[0], drawn, strict=False):
-        draw(axis, suite, table, labels[table.name])
+    drawn = [table for table in suite.plan if table.name in DRAWN]
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(5 * len(drawn), 4), squeeze=False)
+    for axis, table in zip(axes[0], drawn, strict=True):
+        draw(axis, suite, table, DRAWN[table.name])
     about = machine()
     on = f"{about['system']}, {about['cpus']} CPUs, Python {about['python']}"
     figure.suptitle(f"`echo hello`, captured: launches a second\n{on}", fontsize=10)

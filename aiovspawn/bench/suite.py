@@ -46,12 +46,11 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Metric:
-    """What is told of a measurement. key: its name in there. more_is_better: whether it is."""
+    """What is told of a measurement. key: its name in there."""
 
     key: str
     title: str
     unit: str
-    more_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,6 @@ class Table:
 class Cell:
     """What was measured of one contender at one point."""
 
-    table: str
     point: str
     contender: str
     metric: Metric
@@ -95,13 +93,13 @@ class Cell:
 
 def tables(quick: bool, seconds: float) -> list[Table]:
     """The plan. quick: with fewer points. seconds: of launching in each measurement."""
-    rate = Metric("rate", "launches", "1/s", True)
-    cpu = Metric("cpu", "CPU of the parent", "µs a launch", False)
+    rate = Metric("rate", "launches", "1/s")
+    cpu = Metric("cpu", "CPU of the parent", "µs a launch")
     with_limit = (LIMIT, *LAUNCHERS)
     without = (NOTHING, *LAUNCHERS)
     in_flight = (1, 32) if quick else (1, 8, 32, 64)
     fds = (0, 10_000) if quick else (0, 1_000, 10_000, 19_000)
-    heaps = (0, 1) if quick else (0, 1, 4, 8)
+    heaps = tuple(size for size in ((0, 1) if quick else (0, 1, 4, 8)) if has_memory(size))
     busy = {"seconds": seconds, "in_flight": 32, "captured": True}
     lags = {
         f"{per_second} a second, {count} open files": {
@@ -113,61 +111,53 @@ def tables(quick: bool, seconds: float) -> list[Table]:
         for count in (0, 10_000)
     }
     size = 128 if quick else 512
-    return [
-        Table(
-            "captured",
-            "`echo hello`, captured, so many in flight",
+
+    def rates(name: str, title: str, points: dict[int, dict[str, Any]], **more: Any) -> Table:
+        parameters = {str(point): {**busy, **own} for point, own in points.items()}
+        return Table(
+            name,
+            title,
             "rate",
             (rate, cpu),
-            {f"{n}": {"seconds": seconds, "in_flight": n, "captured": True} for n in in_flight},
-            LIMIT,
-            with_limit,
+            parameters,
+            **{"reference": LIMIT, "contenders": with_limit} | more,
+        )
+
+    return [
+        rates(
+            "captured", "`echo hello`, captured, so many in flight", {n: {"in_flight": n} for n in in_flight}
         ),
-        Table(
+        rates(
             "without pipes",
             "`true`, without pipes, so many in flight",
-            "rate",
-            (rate, cpu),
-            {f"{n}": {"seconds": seconds, "in_flight": n, "captured": False} for n in in_flight},
-            LIMIT,
-            with_limit,
+            {n: {"in_flight": n, "captured": False} for n in in_flight},
         ),
-        Table(
+        rates(
             "files",
             "`echo hello`, captured, 32 in flight, with so many open files",
-            "rate",
-            (rate, cpu),
-            {f"{count}": {**busy, "fds": count} for count in fds},
-            LIMIT,
-            with_limit,
+            {count: {"fds": count} for count in fds},
         ),
-        Table(
+        rates(
             "heap",
             "`echo hello`, captured, 32 in flight, with so many GiB of memory",
-            "rate",
-            (rate, cpu),
-            {f"{size}": {**busy, "heap": size} for size in heaps if has_memory(size)},
-            LIMIT,
-            with_limit,
+            {size: {"heap": size} for size in heaps},
         ),
-        Table(
+        rates(
             "heap, user=",
             "the same with user=",
-            "rate",
-            (rate, cpu),
-            {f"{size}": {**busy, "heap": size, "user": True} for size in heaps if has_memory(size)},
-            "asyncio",
-            LAUNCHERS,
+            {size: {"heap": size, "user": True} for size in heaps},
+            reference="asyncio",
+            contenders=LAUNCHERS,
         ),
         Table(
             "lag",
             "how late the loop's timers are with so many launches",
             "lag",
             (
-                Metric("p99", "99th percentile", "ms", False),
-                Metric("p50", "median", "ms", False),
-                Metric("longest", "longest", "ms", False),
-                Metric("launched", "launches", "1/s", True),
+                Metric("p99", "99th percentile", "ms"),
+                Metric("p50", "median", "ms"),
+                Metric("longest", "longest", "ms"),
+                Metric("launched", "launches", "1/s"),
             ),
             lags,
             NOTHING,
@@ -177,7 +167,7 @@ def tables(quick: bool, seconds: float) -> list[Table]:
             "slow exec",
             "the loop's longest gap while each execve takes 300 ms (strace)",
             "gap",
-            (Metric("gap", "longest gap", "ms", False),),
+            (Metric("gap", "longest gap", "ms"),),
             {"300 ms": {"seconds": 0.3}},
             NOTHING,
             without,
@@ -188,8 +178,8 @@ def tables(quick: bool, seconds: float) -> list[Table]:
             f"{size} MiB of output, kept in memory",
             "capture",
             (
-                Metric("bandwidth", "bandwidth", "MiB/s", True),
-                Metric("peak", "peak of memory", "x the output", False),
+                Metric("bandwidth", "bandwidth", "MiB/s"),
+                Metric("peak", "peak of memory", "x the output"),
             ),
             {f"{size} MiB": {"size": size}},
             LIMIT,
@@ -200,10 +190,10 @@ def tables(quick: bool, seconds: float) -> list[Table]:
             "living children, killed all at once",
             "live",
             (
-                Metric("fds", "open files", "a child", False),
-                Metric("memory", "memory of the parent", "KiB a child", False),
-                Metric("threads", "threads", "in all", False),
-                Metric("end", "from the kill to the last wait()", "s", False),
+                Metric("fds", "open files", "a child"),
+                Metric("memory", "memory of the parent", "KiB a child"),
+                Metric("threads", "threads", "in all"),
+                Metric("end", "from the kill to the last wait()", "s"),
             ),
             {f"{count}": {"count": count} for count in ((500,) if quick else (2000,))},
             LIMIT,
@@ -213,7 +203,7 @@ def tables(quick: bool, seconds: float) -> list[Table]:
             "import",
             "import, in a process of its own",
             "import",
-            (Metric("seconds", "time", "s", False),),
+            (Metric("seconds", "time", "s"),),
             {"import": {}},
             "asyncio",
             MODULES,
@@ -353,7 +343,7 @@ class Suite:
         for metric in table.metrics:
             if metric.key in measured:
                 key = (table.name, point, contender, metric.key)
-                cell = self.cells.setdefault(key, Cell(table.name, point, contender, metric))
+                cell = self.cells.setdefault(key, Cell(point, contender, metric))
                 cell.values.append(measured[metric.key])
 
     def cells_of(self, table: Table) -> Iterator[Cell]:
