@@ -7,6 +7,7 @@
 #include "sys.h"
 
 #include <errno.h>
+#include <linux/sched.h>
 #include <asm/ioctls.h>
 
 void spawn_ends_init(struct spawn_ends *ends)
@@ -125,6 +126,34 @@ static int open_devnull(struct spawn_ends *ends, int i)
     return 0;
 }
 
+/* One number of an id map's text, which is ours: decimal, one character after each. */
+static const char *parse_id(const char *text, long *ret_id)
+{
+    long id = 0;
+    for (; *text >= '0' && *text <= '9'; text++)
+        id = id * 10 + (*text - '0');
+    *ret_id = id;
+    return text + 1;
+}
+
+/* Who the child's user is out here, where a user namespace of its own gives ids other
+ * meanings: -1 for nobody, and for chown(2). user_namespaces(7). */
+static long outer_uid(const struct spawn_request *request, long uid)
+{
+    const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
+    const struct spawn_step *map = spawn_find_step(request, SPAWN_UID_MAP);
+    if (!namespaces || !(namespaces->a & CLONE_NEWUSER))
+        return uid;
+    const char *text = map ? map->data : NULL;
+    for (const char *end = map ? text + map->a : NULL; text < end;) {
+        long inside, outside, count;
+        text = parse_id(parse_id(parse_id(text, &inside), &outside), &count);
+        if (uid >= inside && uid - inside < count)
+            return outside + (uid - inside);
+    }
+    return -1;
+}
+
 /* pty(7), ioctl_tty(2). The slave is opened through the master, whatever is mounted where
  * we are, and belongs to the program's user, as a login's does. Two fds for the master:
  * one is closed with the input, the other with the output. */
@@ -150,7 +179,7 @@ static int open_terminal(const struct spawn_request *request, struct spawn_ends 
     if (result >= 0)
         result = ends->child[0] = spawn_raise_fd((int)sys_call(__NR_ioctl, *master, TIOCGPTPEER, flags, 0, 0, 0));
     if (result >= 0 && user)
-        (void)sys_call(__NR_fchown, ends->child[0], user->a, -1, 0, 0, 0);
+        (void)sys_call(__NR_fchown, ends->child[0], outer_uid(request, user->a), -1, 0, 0, 0);
     return (int)result;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -122,6 +123,21 @@ async def test_another_user_of_its_own(core_rung: str) -> None:
     assert "Gid:\t300044\t300044\t300044\t300044\n" in status
     process.kill()
     await process.wait()
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "outside"), [(MAPS["uid_map"], 200003), ([(0, 100000, 9), (5003, 1003, 1)], 1003)], ids=str
+)
+async def test_terminal_belongs_to_that_user(core_rung: str, uid_map: Any, outside: int) -> None:
+    """The same number is another user's out here, who is not to write there."""
+    options: dict[str, Any] = {"namespaces": CLONE_NEWUSER, **MAPS, "uid_map": uid_map}
+    command = "stat -c %u $(tty); : < $(tty) && echo opened; exec sleep 1000"
+    async with aiovspawn.open_process(
+        command, shell=True, terminate_grace=0, pty=True, user=5003, group=0, extra_groups=[], **options
+    ) as process:
+        assert process.pty is not None
+        assert os.stat(os.readlink(f"/proc/{process.pid}/fd/0")).st_uid == outside
+        assert await process.pty.readuntil(b"opened") == b"5003\r\nopened"
 
 
 async def test_unmapped_user(core_rung: str) -> None:
