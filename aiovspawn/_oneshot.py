@@ -251,11 +251,8 @@ class OneShot(Attempts):
         """The leader has exited; what it left has the rest of the grace."""
         try:
             self._launch.signal_group(0)
-        except ProcessLookupError:
-            self._in_grace = False
-            self._end()
-        except PermissionError:
-            self.kill_now()
+        except (ProcessLookupError, PermissionError):
+            self.kill_now()  # in a cgroup of its own there may be some who have left the group
         else:
             self._call_later("group", GROUP_INTERVAL, self._look_at_group)
 

@@ -234,6 +234,17 @@ async def test_scope_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
     await until_empty(cgroup)
 
 
+async def test_who_has_left_the_group_is_killed_after_the_grace(core_rung: str, cgroup: Path) -> None:
+    """Its leader has gone with SIGTERM, and its group with it."""
+    command = "setsid sleep 1000 > /dev/null 2>&1 & echo started; exec sleep 1000"
+    with pytest.raises(subprocess.TimeoutExpired):
+        await aiovspawn.run_process(
+            command, shell=True, cgroup=cgroup, stdout=PIPE, timeout=0.2, kill_group=True, terminate_grace=50
+        )
+    async with asyncio.timeout(5):
+        await until_empty(cgroup)
+
+
 async def test_run_process_ends_the_cgroup(core_rung: str, cgroup: Path) -> None:
     run = asyncio.ensure_future(
         aiovspawn.run_process(TREE, shell=True, cgroup=cgroup, stdout=PIPE, kill_group=True)
