@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import CORE_RUNGS, mount_point
@@ -192,3 +194,43 @@ assert after == before, [(name, before[name], after[name]) for name in before if
 """
     environment = os.environ | {"AIOVSPAWN_RUNG": rung, "CGROUP": cgroup_or_none}
     subprocess.run([*python, "-c", STATE + MIXED + code], check=True, timeout=300, env=environment)
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_memory_stays_hidden_from_a_failed_child_until_it_is_dead(python: list[str], tmp_path: Path) -> None:
+    # It has told that it failed, and lives on with its new uid for as long as strace delays its exit.
+    if os.geteuid() != 0:
+        pytest.skip("changing ids needs root")
+    code = """
+import asyncio, ctypes, os, aiovspawn
+from pathlib import Path
+dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
+def lives(pid):
+    try:
+        return "State:\\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+async def main():
+    failing = asyncio.ensure_future(aiovspawn.create_subprocess_exec("/nonexistent", user=65534))
+    while dumpable():
+        assert not failing.done()
+        await asyncio.sleep(0.001)
+    pid = int(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
+    others, seen = [], set()
+    for _ in range(20):
+        others.append(asyncio.ensure_future(aiovspawn.create_subprocess_exec("true")))
+        await asyncio.sleep(0.01)
+        found = dumpable()
+        if lives(pid):
+            seen.add(found)
+    assert seen == {0}, seen
+    for process in await asyncio.gather(*others):
+        await process.wait()
+    await asyncio.wait([failing])
+    assert isinstance(failing.exception(), FileNotFoundError)
+    assert dumpable() == 1
+aiovspawn.run(asyncio.wait_for(main(), 30))
+"""
+    strace = ["strace", "-f", "-e", "trace=exit_group", "-e", "inject=exit_group:delay_enter=1000000"]
+    environment = os.environ | {"AIOVSPAWN_RUNG": "detached-clone3"}
+    subprocess.run([*strace, "-o", tmp_path / "log", *python, "-c", code], check=True, env=environment)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -303,42 +302,3 @@ aiovspawn.run(main())
 assert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 1
 """
     subprocess.run([*python, "-c", code], check=True, env=os.environ | {"AIOVSPAWN_RUNG": core_rung})
-
-
-@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
-def test_memory_stays_hidden_from_a_failed_child_until_it_is_dead(python: list[str], tmp_path: Path) -> None:
-    # It has told that it failed, and lives on with its new uid for as long as strace delays its exit.
-    if not ROOT:
-        pytest.skip("changing ids needs root")
-    code = """
-import asyncio, ctypes, os, aiovspawn
-from pathlib import Path
-dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
-def lives(pid):
-    try:
-        return "State:\\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-async def main():
-    failing = asyncio.ensure_future(aiovspawn.create_subprocess_exec("/nonexistent", user=65534))
-    while dumpable():
-        await asyncio.sleep(0.001)
-    pid = int(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
-    others, seen = [], set()
-    for _ in range(20):
-        others.append(asyncio.ensure_future(aiovspawn.create_subprocess_exec("true")))
-        await asyncio.sleep(0.01)
-        found = dumpable()
-        if lives(pid):
-            seen.add(found)
-    assert seen == {0}, seen
-    for process in await asyncio.gather(*others):
-        await process.wait()
-    await asyncio.wait([failing])
-    assert isinstance(failing.exception(), FileNotFoundError)
-    assert dumpable() == 1
-aiovspawn.run(main())
-"""
-    strace = ["strace", "-f", "-e", "trace=exit_group", "-e", "inject=exit_group:delay_enter=1000000"]
-    environment = os.environ | {"AIOVSPAWN_RUNG": "detached-clone3"}
-    subprocess.run([*strace, "-o", tmp_path / "log", *python, "-c", code], check=True, env=environment)
