@@ -6,6 +6,7 @@ value ValueError, naming the option. What the kernel refuses raises OSError at t
 
 from __future__ import annotations
 
+import copy
 import os
 import resource
 import signal
@@ -349,21 +350,22 @@ LAST_BEFORE_IDS = len(FIRST) + len(BEFORE_IDS)
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in (int, bool, bytes, str) or isinstance(value, IntEnum)
+    """Not a bool, which is equal to a number that is wrong in its place or the other way round."""
+    return type(value) in (int, bytes, str) or isinstance(value, IntEnum)
 
 
 def _is_fixed(value: Any) -> bool:
     return _is_plain(value) or (type(value) is tuple and all(map(_is_plain, value)))
 
 
-def _snapshot(value: Any) -> Any:
-    """A copy to compare with later; None of what might come to mean something else unseen."""
+def _is_comparable(value: Any) -> bool:
+    """Whether what is equal to it, and as comparable, is the same option."""
     kind = type(value)
     if kind is dict:
-        return dict(value) if all(_is_plain(key) and _is_fixed(value[key]) for key in value) else None
-    if kind in (list, set, frozenset):
-        return kind(value) if all(map(_is_plain, value)) else None
-    return value if _is_fixed(value) else None
+        return all(map(_is_plain, value)) and all(map(_is_fixed, value.values()))
+    if kind in (tuple, list, set, frozenset):
+        return all(map(_is_fixed, value))
+    return kind is bool or _is_plain(value)
 
 
 _remembered: dict[str, tuple[type, Any, Steps]] = {}
@@ -372,12 +374,12 @@ _remembered: dict[str, tuple[type, Any, Steps]] = {}
 
 def _made(name: str, value: Any, make: Maker) -> Steps:
     known = _remembered.get(name)
-    if known is not None and known[0] is type(value) and known[1] == value:
+    comparable = _is_comparable(value)
+    if comparable and known is not None and known[0] is type(value) and known[1] == value:
         return known[2]
     steps = make(name, value)
-    copy = _snapshot(value)
-    if copy is not None:
-        _remembered[name] = (type(value), copy, steps)
+    if comparable:
+        _remembered[name] = (type(value), copy.copy(value), steps)
     return steps
 
 

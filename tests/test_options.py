@@ -752,6 +752,14 @@ async def test_a_changed_value_is_another() -> None:
         await look(nice=1)
         with pytest.raises(TypeError):
             await look(nice=value)
+    for options, equal in (
+        ({"rlimits": {resource.RLIMIT_CORE: (100, 200)}}, {resource.RLIMIT_CORE: (100.0, 200.0)}),
+        ({"scheduler": (0, 0)}, (0, 0.0)),
+        ({"cpu_affinity": {*os.sched_getaffinity(0)}}, {*map(float, os.sched_getaffinity(0))}),
+    ):
+        await look(**options)
+        with pytest.raises(TypeError):
+            await look(**dict.fromkeys(options, equal))
 
 
 @pytest.mark.parametrize(("options", "kind"), WRONG, ids=ids)
