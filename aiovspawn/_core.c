@@ -371,7 +371,7 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
             break;
         const struct spawn_request *request = &(*block)->request;
         int next = serving_rung(rung + 1, request);
-        if (next == SPAWN_FORK && namespaces && !spawn_awaits_maps(request))
+        if (next == SPAWN_FORK && namespaces && !spawn_awaits_maps(request) && !spawn_find_step(request, SPAWN_CGROUP))
             break; /* it would copy the page tables before it is told the same */
         rung = next;
     }

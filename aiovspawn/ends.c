@@ -241,17 +241,30 @@ static int open_cgroup_directory(const struct spawn_step *step)
     return (int)sys_fcntl((int)step->a, F_DUPFD_CLOEXEC, SPAWN_STDERR_FD + 1);
 }
 
-/* 1 if the file is there and begins with this text, 0 if not, -errno if it could not be looked at. */
-static int begins_with(int directory, const char *name, const char *text, size_t size)
+/* 1 if the file is there and has a line that begins with this text, 0 if not, -errno if it could
+ * not be looked at. */
+static int has_line(int directory, const char *name, const char *text)
 {
-    char begin[16];
-    long length = read_cgroup_file(directory, name, begin, size);
+    char said[64]; /* cgroup.events has 21 bytes */
+    long length = read_cgroup_file(directory, name, said, sizeof said);
     if (length < 0)
         return is_absent(length) ? 0 : (int)length;
-    for (size_t i = 0; i < size; i++)
-        if (length != (long)size || begin[i] != text[i])
-            return 0;
-    return 1;
+    for (long line = 0; line < length;) {
+        long at = line;
+        for (const char *c = text; *c && at < length && said[at] == *c; c++)
+            at++;
+        if (!text[at - line])
+            return 1;
+        while (line < length && said[line++] != '\n')
+            ;
+    }
+    return 0;
+}
+
+/* Whether nobody is in a cgroup or below it; false in the hierarchies of version 1. */
+bool spawn_cgroup_is_empty(int directory)
+{
+    return has_line(directory, "cgroup.events", "populated 0") == 1;
 }
 
 /* A pipe keeps the page of what has been read from it for the next write, which needs no
@@ -278,8 +291,7 @@ static int open_cgroup(const struct spawn_request *request, struct spawn_ends *e
     (void)sys_call(__NR_fstat, directory, (long)stat, 0, 0, 0, 0);
     ends->cgroup_inode[0] = stat[0];
     ends->cgroup_inode[1] = stat[1];
-    /* The first line of the file in the hierarchy of version 2. */
-    ends->owns_cgroup = begins_with(directory, "cgroup.events", "populated 0", 11) == 1;
+    ends->owns_cgroup = spawn_cgroup_is_empty(directory);
     /* cpusets(7): the pages and policies of whoever joins follow it. Not of who is born there. */
     ends->moves_memory = has_cgroup_file(directory, "cpuset.mems");
     warm_status_pipe(ends);
@@ -287,7 +299,8 @@ static int open_cgroup(const struct spawn_request *request, struct spawn_ends *e
 }
 
 /* Whether something of this cgroup or of one above forbids that its members share our memory or
- * let us wait for them: the OOM killer takes all of it at once, or it is frozen. */
+ * let us wait for them: the OOM killer takes all of it at once, or it is frozen. What is above a
+ * bind mount's root is seen by its effect alone. */
 bool spawn_cgroup_takes_fork(const struct spawn_step *step)
 {
     enum { DEPTH_MAX = 64 };
@@ -295,9 +308,10 @@ bool spawn_cgroup_takes_fork(const struct spawn_step *step)
     bool found = directory == -EMFILE || directory == -ENFILE || directory == -ENOMEM;
     for (int depth = 0; depth < DEPTH_MAX && directory >= 0 && !found; depth++) {
         bool inside = has_cgroup_file(directory, "cgroup.procs");
-        found = inside && (begins_with(directory, "memory.oom.group", "1", 1) != 0 ||
-                           begins_with(directory, "cgroup.freeze", "1", 1) != 0 ||
-                           begins_with(directory, "freezer.state", "FR", 2) != 0); /* FROZEN, FREEZING */
+        found = inside && (has_line(directory, "memory.oom.group", "1") != 0 ||
+                           has_line(directory, "cgroup.freeze", "1") != 0 ||
+                           (depth == 0 && has_line(directory, "cgroup.events", "frozen 1") != 0) ||
+                           has_line(directory, "freezer.state", "FR") != 0); /* FROZEN, FREEZING */
         int above = inside ? (int)sys_openat(directory, "..", O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
         (void)sys_close(directory);
         directory = above;

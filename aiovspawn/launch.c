@@ -347,6 +347,22 @@ static void set_verdict_locked(struct launch *launch, enum launch_verdict verdic
         show_memory_locked(launch);
 }
 
+/* Whether a launch was the first in the cgroup that a later one was made for. */
+static bool is_host_locked(const struct launch *launch, const struct launch *later)
+{
+    const uint64_t *inode = launch->ends.cgroup_inode, *other = later->ends.cgroup_inode;
+    return launch->id < later->id && launch->ends.owns_cgroup && inode[0] == other[0] && inode[1] == other[1];
+}
+
+/* A launch that failed never was in its cgroup, as far as others go. */
+static void leave_cgroup_locked(struct launch *launch)
+{
+    for (struct launch *other = launch->is_guest ? first_launch : NULL; other; other = other->next)
+        if (is_host_locked(other, launch))
+            other->guests--;
+    launch->is_guest = false;
+}
+
 /* Whether the next launch that shares our table would fail as well: for a lasting reason,
  * or for none that is known, again and again; not if our memory was hidden meanwhile. */
 static bool sharing_is_refused_locked(const struct launch *launch, struct spawn_record record)
@@ -363,6 +379,7 @@ static bool sharing_is_refused_locked(const struct launch *launch, struct spawn_
  * inherits stay until the launch is closed, for the next attempt. */
 static bool set_failed_locked(struct launch *launch, struct spawn_record record)
 {
+    leave_cgroup_locked(launch);
     launch->record = record;
     if (record.op >= SPAWN_UNSHARE_FDS && record.op <= SPAWN_DETACHED) {
         if (record.op <= SPAWN_REOPEN && sharing_is_refused_locked(launch, record))
@@ -706,18 +723,17 @@ static bool clone_sharing_locked(struct launch *launch, struct block *block, enu
            !(result == -EMFILE && rung == SPAWN_DETACHED_CLONE3);
 }
 
-/* Of a cgroup that two of our launches are in, neither is to kill all. */
-static void share_cgroup_locked(struct launch *launch)
+/* Of a cgroup that two of our launches are in, neither is to kill all: whoever was the first
+ * there counts the later ones as guests. */
+static void enter_cgroup_locked(struct launch *launch)
 {
-    const uint64_t *inode = launch->ends.cgroup_inode;
-    for (struct launch *other = first_launch; other; other = other->next) {
-        if (other == launch || !other->ends.owns_cgroup || other->ends.cgroup_inode[0] != inode[0] ||
-            other->ends.cgroup_inode[1] != inode[1])
-            continue;
-        other->ends.owns_cgroup = false;
-        if (!other->exited)
-            launch->ends.owns_cgroup = false;
-    }
+    for (struct launch *other = first_launch; other; other = other->next)
+        if (is_host_locked(other, launch)) {
+            other->guests++;
+            if (!other->exited)
+                launch->ends.owns_cgroup = false;
+        }
+    launch->is_guest = true;
 }
 
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
@@ -730,7 +746,7 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     if (result < 0)
         return result;
     if (launch->ends.cgroup >= 0)
-        share_cgroup_locked(launch);
+        enter_cgroup_locked(launch);
     *ret_op = SPAWN_CLONE;
     if (options->may_share_fds && shares_fds_locked(launch, block, rung) &&
         clone_sharing_locked(launch, block, rung, &result)) {
@@ -803,6 +819,7 @@ int launch_start(struct hub *hub, struct block **block, const struct launch_opti
     set_in_flight_locked(launch, true);
     int result = open_and_clone_locked(launch, *block, options, ret_op);
     if (result < 0) {
+        leave_cgroup_locked(launch);
         bury_locked(launch);
     } else {
         *block = NULL;
@@ -920,15 +937,21 @@ int launch_signal_group(struct launch *launch, int sig)
     return result;
 }
 
-/* Kills everything in the cgroup that the child was the first in, also what has left its
- * process group, also after its exit. -ENOENT: there is no such cgroup. cgroups(7), Linux 5.14. */
+/* Kills everything in the cgroup that the child was the first in and in those below it, also
+ * what has left its process group, also after its exit. -ENOENT: there is no such cgroup,
+ * -ESRCH: it is empty. cgroups(7), Linux 5.14. */
 int launch_kill_cgroup(struct launch *launch)
 {
     launch_lock();
     int fd = -1, result = -ENOENT;
-    if (launch->ends.owns_cgroup && !launch_is_foreign(launch->generation)) {
+    if (launch->ends.owns_cgroup && launch->guests == 0 && !launch_is_foreign(launch->generation)) {
         fd = openat(launch->ends.cgroup, "cgroup.kill", O_WRONLY | O_CLOEXEC);
         result = fd < 0 ? -errno : 0;
+        if (result == 0 && spawn_cgroup_is_empty(launch->ends.cgroup)) {
+            (void)close(fd);
+            fd = -1;
+            result = -ESRCH;
+        }
     }
     launch_unlock();
     if (fd >= 0) {

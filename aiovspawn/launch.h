@@ -75,6 +75,8 @@ struct launch {
     bool exited;      /* returncode is set */
     bool has_usage;   /* usage is set: nobody else has reaped the child */
     bool reaped;      /* the child is dead for certain, and has left our memory */
+    size_t guests; /* later launches into its cgroup */
+    bool is_guest; /* it is counted as such, by whoever was there before */
     bool keeps_pidfd; /* until it is closed: the group may outlive its leader */
     bool held;        /* dead, but a tracer has not let go of it: see hub.c */
     bool status_lost; /* exit status taken by another wait(), and the kernel cannot tell */

@@ -211,12 +211,6 @@ CHILD long child_join_cgroup(int directory)
     return result;
 }
 
-CHILD long child_enter_cgroup(struct spawn_child *child)
-{
-    __atomic_store_n(&child->has_begun, 1, __ATOMIC_RELEASE);
-    return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
-}
-
 /* The first terminal among stdin, stdout and stderr. ioctl_tty(2). */
 CHILD long child_take_terminal(void)
 {
@@ -479,7 +473,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_GID_MAP:
         return child_await(step->a);
     case SPAWN_CGROUP:
-        return child_enter_cgroup((struct spawn_child *)(uintptr_t)child);
+        return child->cgroup < 0 ? 0 : child_join_cgroup(child->cgroup);
     case SPAWN_CHROOT:
         return child_chroot(step->data);
     case SPAWN_CHDIR:
@@ -554,6 +548,7 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
 CHILD void child_main(void *arg)
 {
     const struct spawn_child *child = arg;
+    __atomic_store_n(&((struct spawn_child *)arg)->has_begun, 1, __ATOMIC_RELEASE);
     int status_fd = child->status_fd;
     long saved = SPAWN_SAVED;
     for (const struct spawn_step *step = child->steps;; step++) {

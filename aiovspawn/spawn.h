@@ -119,7 +119,7 @@ enum { SPAWN_PATH_SIZE = 32 };
 struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
     int status_fd;      /* write end of the status pipe, close-on-exec */
-    uint32_t has_begun; /* set by the child, for clone_into_cgroup() */
+    uint32_t has_begun; /* set by the child, for clone_into_cgroup(); before all steps */
     int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
     uint64_t namespaces; /* flags for the clone */
     bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
@@ -144,7 +144,7 @@ struct spawn_ends {
     int go_read, go_write; /* for SPAWN_UID_MAP and SPAWN_GID_MAP: an int32_t each, 0 or errno */
     int cgroup;       /* the directory, O_PATH */
     uint64_t cgroup_inode[2];
-    bool owns_cgroup; /* nobody was in it before, and none of our launches has come since */
+    bool owns_cgroup; /* nobody was in it before */
     bool moves_memory; /* see struct spawn_child */
 };
 
@@ -165,6 +165,7 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
 void spawn_close_child_ends(struct spawn_ends *ends);
 void spawn_close_ends(struct spawn_ends *ends);
 void spawn_close_cgroup(struct spawn_ends *ends);
+bool spawn_cgroup_is_empty(int directory);
 bool spawn_cgroup_takes_fork(const struct spawn_step *step);
 int spawn_raise_fd(int fd);
 bool spawn_is_mapped(const struct spawn_request *request, int fd);

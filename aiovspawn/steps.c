@@ -46,7 +46,7 @@ bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
-    size_t kept = request->pass_fd_count + request->step_count + 5; /* with 3 sources and two pipes */
+    size_t kept = request->pass_fd_count + request->step_count + 6; /* with 3 sources, two pipes, a cgroup */
     size_t unsharing = 1 + 1 + 3 + 1;
     size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
     return 4 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
@@ -83,6 +83,8 @@ static int next_kept(const struct spawn_request *request, const struct spawn_end
     int lowest = ends->status_write > above ? ends->status_write : INT_MAX;
     if (ends->go_read > above && ends->go_read < lowest)
         lowest = ends->go_read;
+    if (ends->cgroup > above && ends->cgroup < lowest)
+        lowest = ends->cgroup;
     for (int i = 0; i < 3; i++)
         if (ends->source[i] > above && ends->source[i] < lowest)
             lowest = ends->source[i];
@@ -398,8 +400,6 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     child->moves_memory = ends->moves_memory;
     child->namespaces = 0;
     child->step_count = 0;
-    if (ends->cgroup >= 0)
-        add_step(child, SPAWN_CGROUP, 0, 0); /* its directory is not kept by the closing */
     if (rung != SPAWN_DETACHED_CLONE3)
         add_step(child, SPAWN_RESET_HANDLERS, 0, 0);
     if (shares_fds) {
@@ -407,6 +407,8 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     } else {
         if (request->close_fds)
             add_closing(request, ends, child);
+        if (ends->cgroup >= 0)
+            add_step(child, SPAWN_CGROUP, 0, 0); /* after the closing: a frozen one stops the child here */
         add_namespaces(request, ends, child);
         add_stdio(request, ends, child);
     }

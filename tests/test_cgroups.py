@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CORE_RUNGS
 from look import NOBODY, ROOT, look
+from test_options import CLONE_NEWUTS
 
 import aiovspawn
 from aiovspawn import PIPE, _core
@@ -176,6 +178,26 @@ async def test_kill_tree_spares_a_cgroup_of_others(core_rung: str, cgroup: Path)
     await fourth.wait()
 
 
+async def test_kill_tree_of_an_empty_cgroup(core_rung: str, cgroup: Path) -> None:
+    process = await aiovspawn.create_subprocess_exec("true", cgroup=cgroup)
+    await process.wait()
+    with pytest.raises(ProcessLookupError):
+        process.kill_tree()
+
+
+async def test_launch_that_fails_leaves_the_cgroup_to_who_was_there(core_rung: str, cgroup: Path) -> None:
+    process = await aiovspawn.create_subprocess_exec("sleep", "1000", cgroup=cgroup)
+    for error, options in (
+        (FileNotFoundError, {"cwd": "/nonexistent"}),
+        (OSError, {"stdin": 1000000}),
+        (FileNotFoundError, {"chroot": "/nonexistent"}),
+    ):
+        with pytest.raises(error):
+            await aiovspawn.create_subprocess_exec("true", cgroup=cgroup, **options)
+    assert process.kill_tree() == "cgroup"
+    assert await process.wait() == -signal.SIGKILL
+
+
 async def test_who_has_moved_to_another_cgroup_is_killed_too(core_rung: str, cgroup: Path) -> None:
     move = f"echo $$ > {cgroup.parent}/cgroup.procs; echo moved; exec sleep 1000"
     options: dict[str, Any] = {"shell": True, "cgroup": cgroup, "stdout": PIPE, "kill_group": True}
@@ -200,6 +222,59 @@ async def test_frozen_cgroup_does_not_hold_up_the_loop(core_rung: str, cgroup: P
     (cgroup / "inner").rmdir()
 
 
+@pytest.mark.parametrize("close_fds", [True, False])
+async def test_frozen_child_holds_none_of_our_files(core_rung: str, cgroup: Path, close_fds: bool) -> None:
+    """Before its program runs it has nothing to do with them; with close_fds=False it has them all."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    (cgroup / "cgroup.freeze").write_text("1")
+    launch = asyncio.ensure_future(
+        aiovspawn.create_subprocess_exec("true", cgroup=cgroup, close_fds=close_fds)
+    )
+    async with asyncio.timeout(5):
+        while not is_populated(cgroup):
+            await asyncio.sleep(0.001)
+        os.close(write)
+        while close_fds and not is_ended(read):
+            await asyncio.sleep(0.001)
+    assert not launch.done()
+    (cgroup / "cgroup.freeze").write_text("0")
+    assert await (await launch).wait() == 0
+    assert is_ended(read)
+    os.close(read)
+
+
+def is_ended(read: int) -> bool:
+    try:
+        return os.read(read, 1) == b""
+    except BlockingIOError:
+        return False
+
+
+@pytest.mark.skipif(not ROOT, reason="mounting needs root")
+def test_frozen_above_a_bind_mount(cgroup: Path, python: list[str], tmp_path: Path) -> None:
+    """What freezes it is out of sight."""
+    (cgroup / "inner").mkdir()
+    (cgroup / "cgroup.freeze").write_text("1")
+    code = f"""
+import asyncio, subprocess, aiovspawn
+subprocess.run(["mount", "--bind", "{cgroup}/inner", "{tmp_path}"], check=True)
+async def main():
+    try:
+        await aiovspawn.run_process(["/bin/true"], cgroup="{tmp_path}", timeout=0.1)
+    except subprocess.TimeoutExpired:
+        return "expired"
+assert aiovspawn.run(main()) == "expired"
+"""
+    try:
+        subprocess.run(["unshare", "--mount", *python, "-c", code], check=True, timeout=30)
+    finally:
+        (cgroup / "cgroup.freeze").write_text("0")
+    while is_populated(cgroup):
+        time.sleep(0.001)
+    (cgroup / "inner").rmdir()
+
+
 async def test_cpusets_are_joined_by_a_fork(core_rung: str, cpuset_cgroup: Path) -> None:
     """Whoever joins moves memory along. It says nothing of the rung for others."""
     rung, before = _core.rung(), rungs()
@@ -207,6 +282,14 @@ async def test_cpusets_are_joined_by_a_fork(core_rung: str, cpuset_cgroup: Path)
     assert f":cpuset:/{cpuset_cgroup.name}\n" in seen["cgroup"]
     assert [name for name, count in rungs().items() if count != before[name]] == ["fork"]
     assert _core.rung() == rung
+
+
+@pytest.mark.skipif(not ROOT, reason="a new namespace of mounts needs root")
+async def test_cpusets_are_joined_by_a_fork_with_namespaces_too(core_rung: str, cpuset_cgroup: Path) -> None:
+    before = rungs()
+    seen = await look(cgroup=cpuset_cgroup, namespaces=CLONE_NEWUTS)
+    assert f":cpuset:/{cpuset_cgroup.name}\n" in seen["cgroup"]
+    assert [name for name, count in rungs().items() if count != before[name]] == ["fork"]
 
 
 async def test_kill_tree_without_a_cgroup(rung: str) -> None:
