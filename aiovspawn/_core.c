@@ -936,11 +936,18 @@ static PyObject *Hub_sweep(HubObject *self, PyObject *queue)
     return extend_queue(self, queue, hub_sweep(self->hub));
 }
 
+/* undecided() -> how many launches are neither known to have exec'd nor to have failed. */
+static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyLong_FromSize_t(hub_undecided(self->hub));
+}
+
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)(void (*)(void))Hub_launch, METH_FASTCALL, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
     {"drain", (PyCFunction)Hub_drain, METH_O, NULL},
     {"sweep", (PyCFunction)Hub_sweep, METH_O, NULL},
+    {"undecided", (PyCFunction)Hub_undecided, METH_NOARGS, NULL},
     {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
     {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

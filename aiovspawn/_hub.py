@@ -49,8 +49,6 @@ class LoopHub:
         self._closed = False
         self._parent: int | None = None
         self.transports: dict[int, Attempts] = {}
-        self.undecided = 0
-        """Launches without a verdict."""
         self.core = _core.Hub()
         # In a context of its own: the one of the first caller would otherwise live
         # as long as the loop and be seen by every later callback.
@@ -63,7 +61,6 @@ class LoopHub:
 
     def await_verdict(self) -> None:
         """Look after launches whose status pipe some stranger may hold open."""
-        self.undecided += 1
         if not self._sweeping:
             self._sweep_later()
 
@@ -77,8 +74,9 @@ class LoopHub:
         self._sweeping = False
         if self._parent is not None:
             self._poll_as_child()
-        elif self.undecided > 0 and not self._closed:
-            self._sweep_later()
+        elif not self._closed:
+            if self.core.undecided():
+                self._sweep_later()
             self._dispatch(self.core.sweep)
 
     def _drain(self) -> None:

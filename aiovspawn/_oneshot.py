@@ -17,7 +17,7 @@ from subprocess import PIPE
 from typing import Any
 
 from ._attempts import Attempts
-from ._hub import EXCEEDED, EXECED, EXITED, FAILED, FINISHED, LoopHub
+from ._hub import EXCEEDED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
 from ._request import TERMINAL, Request, launch_error, request_of
 
@@ -46,7 +46,6 @@ class OneShot(Attempts):
     returncode: int | None = None
 
     # What few launches change is the class's own until then.
-    _undecided = False
     _killed = False
     _killed_now = False
     _in_grace = False
@@ -118,7 +117,6 @@ class OneShot(Attempts):
     def _attempted(self) -> None:
         request, limits = self._request, self._limits
         if request.popen is None:
-            self._undecided = True
             self._hub.await_verdict()
         try:
             if limits.kill_group:
@@ -135,11 +133,6 @@ class OneShot(Attempts):
         self._error = exc
         self._wake_soon()
 
-    def _decided(self) -> None:
-        if self._undecided:
-            self._undecided = False
-            self._hub.undecided -= 1
-
     # ---- events of the hub -----------------------------------------------------------
 
     def on_event(self, kind: int, value: Any) -> None:
@@ -154,8 +147,6 @@ class OneShot(Attempts):
             self._exited(value, False)
         elif kind == EXITED:
             self._exited(value, True)
-        elif kind == EXECED:
-            self._decided()
         elif kind == FAILED:
             self._failed(*value)
         elif kind == EXCEEDED and self._limits.kill_at_limit:
@@ -163,7 +154,6 @@ class OneShot(Attempts):
 
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
-        self._decided()
         del self._hub.transports[self._launch.id]
         if self._killed and self._is_of_sharing(step):
             self._finish()  # it says nothing of the program, which nobody waits for any more
@@ -282,9 +272,6 @@ class OneShot(Attempts):
 
     def _close(self) -> None:
         self.over = True
-        if self._undecided:
-            self._undecided = False
-            self._hub.undecided -= 1
         if self._timers is not None:
             for timer in self._timers.values():
                 timer.cancel()

@@ -111,10 +111,8 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         elif kind == EXITED:
             self._exited(value)
         elif kind == EXECED:
-            self._hub.undecided -= 1
             self._execed()
         elif kind == FAILED:
-            self._hub.undecided -= 1
             self._failed(*value)
 
     def _execed(self) -> None:
@@ -370,8 +368,6 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._closed = True
         if self._retry_timer is not None:
             self._retry_timer.cancel()
-        elif self._state is State.LAUNCHING and self._request.popen is None:
-            self._hub.undecided -= 1
         self._state = State.ABANDONED
         self._hub.transports.pop(self._launch.id, None)
         if self._returncode is None and self._launch.poll() is None:

@@ -279,3 +279,14 @@ int hub_sweep(struct hub *hub)
     launch_unlock();
     return result;
 }
+
+/* How many launches of this hub have no verdict yet. */
+size_t hub_undecided(const struct hub *hub)
+{
+    size_t count = 0;
+    launch_lock();
+    for (struct launch *launch = launch_first_locked(); launch; launch = launch->next)
+        count += launch->hub == hub && launch->verdict == LAUNCH_PENDING;
+    launch_unlock();
+    return count;
+}

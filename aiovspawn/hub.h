@@ -55,6 +55,7 @@ void hub_close(struct hub *hub);
 void hub_free(struct hub *hub);
 int hub_drain(struct hub *hub);
 int hub_sweep(struct hub *hub);
+size_t hub_undecided(const struct hub *hub);
 void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);
 

@@ -120,7 +120,7 @@ async def older_launch(script: Path, text: str) -> AsyncIterator[asyncio.Task[ai
 async def until_it_waits_for_the_older() -> None:
     """Run the loop until a second launch has failed and is to be retried."""
     hub = hub_of(asyncio.get_running_loop())
-    while len(hub.transports) != 1 or hub.undecided != 1:
+    while len(hub.transports) != 1 or hub.core.undecided() != 1:
         await asyncio.sleep(0)
 
 
@@ -160,7 +160,7 @@ async def test_launch_that_waits_for_an_older_one_is_closed_for_good(tmp_path: P
         younger.send(None)
         await until_it_waits_for_the_older()
         younger.close()
-    assert hub_of(asyncio.get_running_loop()).undecided == 0
+    assert hub_of(asyncio.get_running_loop()).core.undecided() == 0
     await asyncio.sleep(0.05)
     assert not mark.exists()
 
