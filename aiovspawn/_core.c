@@ -371,7 +371,8 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
             break;
         const struct spawn_request *request = &(*block)->request;
         int next = serving_rung(rung + 1, request);
-        if (next == SPAWN_FORK && namespaces && !spawn_awaits_maps(request) && !spawn_find_step(request, SPAWN_CGROUP))
+        bool joins = result == -EINVAL && spawn_find_step(request, SPAWN_CGROUP); /* see clone_child() */
+        if (next == SPAWN_FORK && namespaces && !spawn_awaits_maps(request) && !joins)
             break; /* it would copy the page tables before it is told the same */
         rung = next;
     }

@@ -347,18 +347,18 @@ static void set_verdict_locked(struct launch *launch, enum launch_verdict verdic
         show_memory_locked(launch);
 }
 
-/* Whether a launch was the first in the cgroup that a later one was made for. */
-static bool is_host_locked(const struct launch *launch, const struct launch *later)
+/* Whether a launch was made for the cgroup that a later one is made for. */
+static bool is_in_same_cgroup(const struct launch *launch, const struct launch *later)
 {
     const uint64_t *inode = launch->ends.cgroup_inode, *other = later->ends.cgroup_inode;
-    return launch->id < later->id && launch->ends.owns_cgroup && inode[0] == other[0] && inode[1] == other[1];
+    return launch->id < later->id && inode[0] == other[0] && inode[1] == other[1];
 }
 
-/* A launch that failed never was in its cgroup, as far as others go. */
+/* A launch that is known to have failed never was in its cgroup, as far as others go. */
 static void leave_cgroup_locked(struct launch *launch)
 {
     for (struct launch *other = launch->is_guest ? first_launch : NULL; other; other = other->next)
-        if (is_host_locked(other, launch))
+        if (other->ends.owns_cgroup && is_in_same_cgroup(other, launch))
             other->guests--;
     launch->is_guest = false;
 }
@@ -727,12 +727,14 @@ static bool clone_sharing_locked(struct launch *launch, struct block *block, enu
  * there counts the later ones as guests. */
 static void enter_cgroup_locked(struct launch *launch)
 {
-    for (struct launch *other = first_launch; other; other = other->next)
-        if (is_host_locked(other, launch)) {
+    for (struct launch *other = first_launch; other; other = other->next) {
+        if (!is_in_same_cgroup(other, launch))
+            continue;
+        if (!other->exited) /* it may not have joined yet */
+            launch->ends.owns_cgroup = false;
+        if (other->ends.owns_cgroup)
             other->guests++;
-            if (!other->exited)
-                launch->ends.owns_cgroup = false;
-        }
+    }
     launch->is_guest = true;
 }
 

@@ -246,8 +246,10 @@ def adopt(hub: _core.Hub) -> None:
 
 def sweep(hub: _core.Hub) -> None:
     child = launch(hub, b"/bin/true")
+    assert hub.undecided() <= 1  # it may have exec'd
     hub.sweep(deque())
     wait(hub)
+    assert hub.undecided() == 0
     assert child.poll() == 0
 
 
@@ -293,6 +295,8 @@ def kill_cgroup(hub: _core.Hub) -> None:
             (Path(folder) / name).write_text(content)
         steps = ((_core.STEP_CGROUP, -1, 0, os.fsencode(folder) + b"\0"),)
         child = launch(hub, b"/bin/true", steps=steps)
+        assert not child.kill_cgroup()  # nobody is there
+        (Path(folder) / "cgroup.events").write_text("populated 1\n")
         assert child.kill_cgroup()
         wait(hub)
         assert (Path(folder) / "cgroup.kill").read_text() == "1"
@@ -320,6 +324,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.adopt": adopt,
     "Hub.drain": lambda hub: finished(hub, b"/bin/echo", "x", stdio=(INHERIT, PIPE, INHERIT)),
     "Hub.sweep": sweep,
+    "Hub.undecided": sweep,
     "Hub.close": lambda hub: _core.Hub().close(),
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),
     "Launch.poll": lambda hub: finished(hub, b"/bin/true").poll(),
