@@ -18,6 +18,7 @@
 #include <limits.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/auxv.h>
 
 typedef struct {
     PyTypeObject *hub_type;
@@ -112,9 +113,29 @@ static char **put_strings(struct block *block, PyObject *list)
 
 extern char **environ;
 
+/* Where the kernel put the environment that the process was started with, one string after the
+ * other up to the name of the program (getauxval(3)). The memory is there as long as the
+ * process is; what setenv(3) adds lies elsewhere. Of a changed one it is what comes after. */
+static const char *first_environ;
+static size_t first_environ_size;
+
+static void find_first_environ(void)
+{
+    const char *last = (const char *)getauxval(AT_EXECFN), *begin = NULL, *end = NULL;
+    for (char **string = environ; string && *string && (!end || end != last); string++) {
+        if (*string != end)
+            begin = *string;
+        end = *string + strlen(*string) + 1;
+    }
+    if (end && end == last) {
+        first_environ_size = (size_t)(end - begin);
+        first_environ = begin;
+    }
+}
+
 static size_t environ_size(void)
 {
-    size_t size = sizeof(char *) + 16 + 15;
+    size_t size = sizeof(char *) + 16 + 15 + first_environ_size + 16;
     for (char **string = environ; string && *string; string++)
         size += sizeof(char *) + strlen(*string) + 1;
     return size;
@@ -128,11 +149,18 @@ static char **put_environ(struct block *block)
     while (environ && environ[count])
         count++;
     char **array = block_take(block, (count + 1) * sizeof *array);
-    if (!array)
+    /* All of the first one at once: most of it is still in use. */
+    char *first = array ? put_string(block, first_environ ? first_environ : "", first_environ_size) : NULL;
+    if (!first)
         return NULL;
     size_t room, i = 0;
     char *begin = block_rest(block, &room), *at = begin;
     for (; i < count && environ && environ[i]; i++) {
+        uintptr_t offset = (uintptr_t)environ[i] - (uintptr_t)first_environ;
+        if (offset < first_environ_size) {
+            array[i] = first + offset;
+            continue;
+        }
         array[i] = at;
         at = memccpy(at, environ[i], '\0', room - (size_t)(at - begin));
         if (!at)
@@ -1107,6 +1135,7 @@ static int core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
     int result = launch_init();
+    find_first_environ();
     if (result < 0) {
         raise_errno(result);
         return -1;

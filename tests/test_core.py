@@ -6,6 +6,7 @@ import gc
 import os
 import select
 import signal
+import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -108,6 +109,37 @@ def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
     argv: list[Any] = [Shrinking(), *["x" * 1000] * 100]
     child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True, None)
     assert wait(hub)[-1] == (child.id, 5, 0)
+
+
+@pytest.mark.parametrize("import_first", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "",
+        "os.environ['B'] = 'longer than it was'",
+        "os.environ['A'] = os.environ['C'] = ''",
+        "os.environ.pop('B', None)",
+        "os.environ['D'] = 'new'",
+        "os.environ.clear()",
+        "os.environ.clear(); os.environ['B'] = 'b'",
+        "os.environ.update({f'N{i}': 'x' * 1000 for i in range(100)})",
+    ],
+)
+def test_environment_is_what_it_is_now(python: list[str], import_first: bool, changes: str) -> None:
+    code = f"""
+import os
+if {import_first}:
+    import aiovspawn
+{changes}
+import asyncio, aiovspawn
+for change in ({changes!r}, "os.environ['B'] = 'once more'"):
+    exec(change)
+    done = asyncio.run(aiovspawn.run_process(["/usr/bin/env", "-0"], capture_output=True))
+    expected = [name + b"=" + value for name, value in os.environb.items()]
+    assert sorted(done.stdout.split(b"\\0")[:-1]) == sorted(expected), (done.stdout, expected)
+"""
+    environment = {"A": "1", "B": "2", "C": "3", "LANG": "C.UTF-8"}
+    subprocess.run([*python, "-c", code], check=True, env=environment)
 
 
 def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
