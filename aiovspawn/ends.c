@@ -379,8 +379,9 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
     if (result < 0)
         return result;
     *ret_op = SPAWN_OPEN_PIPES;
-    result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
-    if (result == 0)
+    if (!request->by_memory)
+        result = open_pipe(O_NONBLOCK, &ends->status_read, &ends->status_write);
+    if (result == 0 && !request->by_memory)
         result = move_unmapped(request, &ends->status_write);
     if (result >= 0)
         result = open_terminal(request, ends, ret_op);

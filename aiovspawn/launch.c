@@ -50,6 +50,10 @@ enum { SHARING_FAILURES_MAX = 3 };
 static size_t undetached; /* launches whose child still shares our table */
 enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has up to seven */
 
+/* A child has been seen to write to our memory: under some emulators it has a copy. */
+static bool memory_is_shared;
+static int latest_fd; /* of the last child's pidfd: its number tells how many files are open */
+
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
 static size_t hiding;
 static uint64_t hidings; /* how many there have been */
@@ -316,8 +320,13 @@ bool launch_left_memory_locked(struct launch *launch)
         return false;
     if (launch->reaped || (launch->closed && launch->hides_memory && status_has_ended(launch)))
         show_memory_locked(launch);
-    if (launch->block)
+    if (launch->block) {
+        const struct spawn_child *child = &launch->block->child;
+        memory_is_shared = memory_is_shared || (launch->detached && child->has_begun);
+        if (launch->by_memory)
+            launch->record = child->record;
         block_free_locked(launch->block);
+    }
     launch->block = NULL;
     if (launch->verdict != LAUNCH_PENDING)
         set_in_flight_locked(launch, false);
@@ -395,6 +404,17 @@ static bool set_failed_locked(struct launch *launch, struct spawn_record record)
     return true;
 }
 
+/* Without a status pipe: what the child has written before it left our memory. */
+static bool read_record_locked(struct launch *launch)
+{
+    if (!launch_left_memory_locked(launch) && !launch->exited)
+        return false;
+    if (launch->record.op)
+        return set_failed_locked(launch, launch->record);
+    set_verdict_locked(launch, LAUNCH_EXECED);
+    return true;
+}
+
 /* Looks once at the status pipe of a launch without a verdict; true when there
  * is one now. A dead child and one that has left our memory by itself need no
  * end of file, which a stranger's copy of the write end might hold back; but a
@@ -403,6 +423,8 @@ bool launch_read_status_locked(struct launch *launch)
 {
     char said[1 + sizeof(struct spawn_record)];
     struct spawn_record record;
+    if (launch->by_memory)
+        return read_record_locked(launch);
     if (launch->exited && !launch->shares_fds && !launch->status_lost && launch->returncode != SPAWN_FAILED_EXIT &&
         launch->returncode >= 0) {
         set_verdict_locked(launch, LAUNCH_EXECED); /* so no child ends that has not exec'd */
@@ -738,10 +760,19 @@ static void enter_cgroup_locked(struct launch *launch)
     launch->is_guest = true;
 }
 
+/* Whether a launch needs no status pipe: nobody waits for its exec, and the child's part is
+ * done in our memory, which nobody else is to see through it. */
+static bool tells_by_memory_locked(const struct block *block, const struct launch_options *options)
+{
+    return options->one_shot && memory_is_shared && spawn_is_detached(options->rung) &&
+           latest_fd < share_fds_from && !spawn_needs_status_pipe(&block->request);
+}
+
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
                                  enum spawn_op *ret_op)
 {
     enum spawn_rung rung = options->rung;
+    launch->by_memory = block->request.by_memory = tells_by_memory_locked(block, options);
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
     if (result == 0)
         result = watch_ends_locked(launch);
@@ -829,6 +860,7 @@ int launch_start(struct hub *hub, struct block **block, const struct launch_opti
     }
     if (result == 0) {
         launch->owned = true;
+        latest_fd = launch->pidfd;
         *ret_launch = launch;
     }
     launch_unlock();

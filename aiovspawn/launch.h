@@ -70,6 +70,7 @@ struct launch {
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
     bool overdue; /* a sweep has found that it left our memory, but no end of file */
+    bool by_memory; /* there is no status pipe: the block has the record of a failure */
     uint64_t hidings; /* how often our memory had been hidden when it was cloned */
     bool shares_fds;  /* the child has not said yet that it left our fd table: its ends must stay */
     bool exited;      /* returncode is set */

@@ -6,8 +6,9 @@
  *  1. It reads only `struct spawn_child` and what that points to. All of it is
  *     complete before the clone, and nobody frees it before the kernel has
  *     cleared `in_memory` or, on the other rungs, before the clone has returned.
- *  2. It writes only to its own stack. Two words of ours change: `in_memory`, by the
- *     kernel's hand, and `has_begun`, for a parent that waits for it.
+ *  2. It writes only to its own stack, and to two places of `struct spawn_child`: to
+ *     `has_begun`, and, without a status pipe, to `record`. The parent reads the latter
+ *     when `in_memory` has been cleared, which is the kernel's hand, or the child reaped.
  *  3. It calls nothing outside this file: no libc, so no errno, no thread-local,
  *     no lock, no malloc. `nm -u spawn.o` is empty, and a test says so.
  *  4. All signals are blocked round the clone with the raw system call, libc's
@@ -23,8 +24,9 @@
  *     ends anew by their names in the parent's /proc entry. The parent keeps
  *     them, under these numbers, until it has been told SPAWN_DETACHED or the
  *     child is dead.
- *  7. A failure is told through the status pipe, not through memory: under an
- *     emulator CLONE_VM may be a plain fork.
+ *  7. A failure is told through the status pipe: under an emulator CLONE_VM may be a
+ *     plain fork. Through memory only where a child of this process has been seen to
+ *     write to it.
  *
  * clone(2), execve(2), close_range(2), pipe(7); CPython's child_exec().
  */
@@ -544,20 +546,29 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     return -ENOSYS;
 }
 
+/* The fence: who sees the word that the kernel clears next sees the record. */
+CHILD void child_fail(struct spawn_child *child, int status_fd, enum spawn_op op, long result)
+{
+    struct spawn_record record = {.op = (int32_t)op, .error = result < 0 ? (int32_t)-result : ENOSYS};
+    if (status_fd >= 0)
+        (void)sys_write(status_fd, &record, sizeof record);
+    else
+        child->record = record;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    sys_exit_group(SPAWN_FAILED_EXIT);
+}
+
 /* The order of steps is the table's, made by spawn_prepare(). */
 CHILD void child_main(void *arg)
 {
-    const struct spawn_child *child = arg;
-    __atomic_store_n(&((struct spawn_child *)arg)->has_begun, 1, __ATOMIC_RELEASE);
+    struct spawn_child *child = arg;
+    __atomic_store_n(&child->has_begun, 1, __ATOMIC_RELEASE);
     int status_fd = child->status_fd;
     long saved = SPAWN_SAVED;
     for (const struct spawn_step *step = child->steps;; step++) {
         long result = child_step(child, step, &saved);
-        if (result < 0 || step->op == SPAWN_EXEC) { /* a seccomp filter can let a call do nothing and answer 0 */
-            struct spawn_record record = {.op = (int32_t)step->op, .error = result < 0 ? (int32_t)-result : ENOSYS};
-            (void)sys_write(status_fd, &record, sizeof record);
-            sys_exit_group(SPAWN_FAILED_EXIT);
-        }
+        if (result < 0 || step->op == SPAWN_EXEC) /* a seccomp filter can let a call do nothing and answer 0 */
+            child_fail(child, status_fd, step->op, result);
         if (step->op == SPAWN_UNSHARE_FDS)
             status_fd = SPAWN_STATUS_FD; /* closed, until it has been opened anew */
     }
@@ -610,7 +621,6 @@ static long clone_into_cgroup(struct spawn_child *child, void *stack, size_t sta
 {
     int directory = child->cgroup;
     child->cgroup = -1;
-    __atomic_store_n(&child->has_begun, 0, __ATOMIC_RELEASE);
     long pid = clone3_child(child, rung, directory, stack, stack_size, ret_pidfd);
     if (pid >= 0 && __atomic_load_n(&child->has_begun, __ATOMIC_ACQUIRE))
         return pid;

@@ -99,6 +99,7 @@ struct spawn_request {
     int stdio[3];
     int pipe_size; /* bytes, or <= 0 for the system's */
     bool close_fds;
+    bool by_memory; /* without a status pipe: a failure is written to the child's `record` */
     const int *pass_fds; /* ascending, without duplicates */
     size_t pass_fd_count;
     const struct spawn_step *steps; /* the user's options, in the order they are done */
@@ -114,12 +115,20 @@ enum { SPAWN_STATUS_PATH = 3, SPAWN_PATHS };
 /* /proc/TID/fd/FD */
 enum { SPAWN_PATH_SIZE = 32 };
 
+/* What the status pipe carries when a step failed. A child with a shared fd table
+ * writes one byte before, SPAWN_DETACHED. */
+struct spawn_record {
+    int32_t op; /* never 0: that one is the parent's */
+    int32_t error;
+};
+
 /* What the child reads. It lives in the launch's block until the kernel has
  * cleared `in_memory` (detached rungs), or the clone has returned (the others). */
 struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
-    int status_fd;      /* write end of the status pipe, close-on-exec */
-    uint32_t has_begun; /* set by the child, for clone_into_cgroup(); before all steps */
+    int status_fd;      /* write end of the status pipe, close-on-exec; -1: the record tells */
+    uint32_t has_begun; /* set by the child before all steps: seen by who shares its memory */
+    struct spawn_record record; /* set by a child without a status pipe that failed; op is 0 until then */
     int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
     uint64_t namespaces; /* flags for the clone */
     bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
@@ -151,13 +160,6 @@ struct spawn_ends {
 /* How a child exits that could not exec. */
 enum { SPAWN_FAILED_EXIT = 255 };
 
-/* What the status pipe carries when a step failed. A child with a shared fd table
- * writes one byte before, SPAWN_DETACHED. */
-struct spawn_record {
-    int32_t op;
-    int32_t error;
-};
-
 extern const char *const spawn_step_names[SPAWN_OPS];
 
 void spawn_ends_init(struct spawn_ends *ends);
@@ -183,6 +185,7 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 enum spawn_rung spawn_best_rung(void);
 bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request);
 bool spawn_awaits_maps(const struct spawn_request *request);
+bool spawn_needs_status_pipe(const struct spawn_request *request);
 bool spawn_hides_memory(const struct spawn_request *request);
 const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op);
 

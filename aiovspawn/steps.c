@@ -353,6 +353,14 @@ bool spawn_hides_memory(const struct spawn_request *request)
     return false;
 }
 
+/* Whether the pipe tells more than a failure: when the child has its own memory, and, from a
+ * pid namespace of its own, whether we live. */
+bool spawn_needs_status_pipe(const struct spawn_request *request)
+{
+    return spawn_hides_memory(request) || spawn_find_step(request, SPAWN_NAMESPACES) ||
+           spawn_find_step(request, SPAWN_PARENT_DEATH);
+}
+
 /* Hidden by the child, before and after: what comes earlier may need its /proc entry, which
  * is root's as long as our memory is hidden. */
 static void add_option(const struct spawn_request *request, struct spawn_child *child,
@@ -393,6 +401,8 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
 {
     child->shares_fds = shares_fds;
     child->status_fd = ends->status_write;
+    child->has_begun = 0;
+    child->record = (struct spawn_record){0};
     child->programs = request->programs;
     child->argv = request->argv;
     child->envp = request->envp;

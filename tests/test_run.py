@@ -11,6 +11,7 @@ import gc
 import os
 import pickle
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import HERE, LOOP_FACTORIES, on_loop
+from conftest import HERE, LOOP_FACTORIES, SHARED, on_loop
 
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, run_process
@@ -650,3 +651,37 @@ loop.close()
 os._exit(0)
 """
     subprocess.run([*python, "-c", code], check=True, timeout=60)
+
+
+def open_pipes() -> int:
+    count = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            count += os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")
+    return count
+
+
+async def test_failure_is_told_without_a_status_pipe(
+    request: pytest.FixtureRequest, core_rung: str, tmp_path: Path
+) -> None:
+    """Nobody waits for the exec, and a child that shares our memory can write there why it failed."""
+    await run_process(["true"])  # seen to share it
+    before = open_pipes()
+    run = asyncio.ensure_future(run_process(["sleep", "1000"]))
+    await asyncio.sleep(0)
+    by_memory = core_rung.startswith("detached") and request.node.callspec.id != SHARED
+    assert open_pipes() - before == (0 if by_memory else 1)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    failures: list[tuple[dict[str, Any], type[OSError], str]] = [
+        ({"args": ["/nonexistent"]}, FileNotFoundError, "exec"),
+        ({"args": [tmp_path]}, PermissionError, "exec"),
+        ({"args": ["true"], "cwd": "/nonexistent"}, FileNotFoundError, "cwd"),
+        ({"args": ["true"], "rlimits": {resource.RLIMIT_NOFILE: (2**40, 2**40)}}, PermissionError, "rlimits"),
+    ]
+    for keywords, error, step in failures:
+        runs = [run_process(stdout=PIPE, **keywords) for _ in range(20)]
+        for found in await asyncio.gather(*runs, return_exceptions=True):
+            assert type(found) is error
+            assert f"failed at step {step!r}" in found.__notes__[0]
