@@ -156,14 +156,18 @@ static ssize_t read_once(struct capture *capture, struct launch *launch, enum la
     return got;
 }
 
+static void close_output(struct capture *capture, struct launch *launch, enum launch_slot slot)
+{
+    capture->open = false;
+    launch_close_pipe(launch, slot);
+}
+
 /* Reads once, or, if the writers are gone, to the end of file, `most` bytes or little more. */
 static void read_output(struct one_shot *shot, struct launch *launch, enum launch_slot slot, bool writers_gone,
                         ssize_t most, char *scratch)
 {
     struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
     ssize_t got, total = 0;
-    if (!capture->open)
-        return;
     do {
         got = read_once(capture, launch, slot, scratch);
         total += got > 0 ? got : 0;
@@ -174,16 +178,31 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
             capture->exceeded = true;
         }
     } while ((got > 0 && writers_gone && total < most) || got == -EINTR);
-    if (got == 0 || (got < 0 && got != -EAGAIN)) {
-        capture->open = false;
-        launch_close_pipe(launch, slot);
-    }
+    if (got == 0 || (got < 0 && got != -EAGAIN))
+        close_output(capture, launch, slot);
+}
+
+/* Output is there, or its end, or both: told once. */
+static void settle_output(struct one_shot *shot, const struct hub_event *event, char *scratch)
+{
+    enum launch_slot slot = (enum launch_slot)event->value;
+    struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
+    if (!capture->open)
+        return;
+    if (event->readable || !event->writers_gone)
+        read_output(shot, event->launch, slot, event->writers_gone, QUANTUM, scratch);
+    else
+        close_output(capture, event->launch, slot);
+    if (capture->open && launch_watch(event->launch, slot, true) < 0)
+        close_output(capture, event->launch, slot);
 }
 
 /* All that an exited process may have left in its pipe; another one may go on writing. */
 static void read_last(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
 {
-    int size = shot->captures[slot - LAUNCH_STDOUT].open ? fcntl(launch_fd(launch, slot), F_GETPIPE_SZ) : 0;
+    if (!shot->captures[slot - LAUNCH_STDOUT].open)
+        return;
+    int size = fcntl(launch_fd(launch, slot), F_GETPIPE_SZ);
     read_output(shot, launch, slot, true, size > QUANTUM ? size : QUANTUM, scratch);
 }
 
@@ -236,7 +255,7 @@ int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch
         settle_input(shot, event);
         return false;
     case HUB_READY:
-        read_output(shot, event->launch, (enum launch_slot)event->value, event->writers_gone, QUANTUM, scratch);
+        settle_output(shot, event, scratch);
         return tell_finished(shot, event) || tell_exceeded(shot, event);
     case HUB_EXITED:
         shot->exited = true;

@@ -85,11 +85,13 @@ int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t even
     return 0;
 }
 
+/* What has been told once will not be again, even if a copy of the fd stays open somewhere:
+ * that spares EPOLL_CTL_DEL before the close. */
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
 {
     struct hub *hub = launch->hub;
     struct epoll_event unused = {0};
-    if (launch->watched[slot] && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
+    if ((launch->watched[slot] & ~(uint32_t)EPOLLONESHOT) && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
         (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, launch_slot_fd(launch, slot), &unused);
     launch->watched[slot] = 0;
 }
@@ -124,17 +126,12 @@ int hub_watch_pidfd_locked(struct launch *launch)
 
 static void drain_pidfd(struct hub *hub, struct launch *launch)
 {
-    bool told_once = launch->watched[LAUNCH_PIDFD] & EPOLLONESHOT;
     if (!launch_reap_locked(launch)) {
         /* Readable for as long as a tracer keeps the zombie; the kernel notifies again when it lets go. */
-        if (!launch->held)
-            launch->watched[LAUNCH_PIDFD] = EPOLLIN; /* what was told once is to be told again */
         (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | (launch->held ? EPOLLET : EPOLLONESHOT));
         return;
     }
     drain_status(hub, launch);
-    if (told_once)
-        launch->watched[LAUNCH_PIDFD] = 0; /* the epoll set will not speak of it again: spares EPOLL_CTL_DEL */
     if (launch->keeps_pidfd)
         hub_unwatch_locked(launch, LAUNCH_PIDFD);
     else
@@ -152,7 +149,7 @@ static void end_of_file(struct hub *hub, struct launch *launch, enum launch_slot
 }
 
 /* Reads once, or to the end of file if the writers are gone, HUB_READ_SIZE bytes at the most. */
-static void drain_output(struct hub *hub, struct launch *launch, enum launch_slot slot, bool writers_gone)
+static void drain_stream(struct hub *hub, struct launch *launch, enum launch_slot slot, bool writers_gone)
 {
     char *data = hub->buffer + hub->used;
     ssize_t size = 1;
@@ -178,6 +175,22 @@ static void drain_output(struct hub *hub, struct launch *launch, enum launch_slo
         end_of_file(hub, launch, slot, errno);
 }
 
+/* Without data, and without writers who could send some, there is nothing to be read; of a
+ * terminal there may be. */
+static void drain_output(struct hub *hub, struct launch *launch, enum launch_slot slot, uint32_t events)
+{
+    bool readable = events & EPOLLIN, writers_gone = events & EPOLLHUP;
+    if (launch->one_shot) {
+        struct hub_event *event = add_event(hub, launch, HUB_READY, (int)slot);
+        event->readable = readable;
+        event->writers_gone = writers_gone;
+    } else if (writers_gone && !readable && !launch->ends.terminal) {
+        end_of_file(hub, launch, slot, 0);
+    } else {
+        drain_stream(hub, launch, slot, writers_gone);
+    }
+}
+
 /* A broken pipe, or a terminal that nobody has open, would be reported for ever: told once,
  * then no longer watched. */
 static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
@@ -194,6 +207,8 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
     enum launch_slot slot = (enum launch_slot)(ready->data.u64 & SLOT_MASK);
     if (!launch->watched[slot])
         return; /* closed by an earlier event of this batch */
+    if (launch->watched[slot] & EPOLLONESHOT)
+        launch->watched[slot] = EPOLLONESHOT; /* in the set, and silent */
     if (slot <= LAUNCH_STDERR && !launch->one_shot)
         drain_status(hub, launch); /* no output before the news that the program runs */
     switch (slot) {
@@ -202,10 +217,7 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
         break;
     case LAUNCH_STDOUT:
     case LAUNCH_STDERR:
-        if (launch->one_shot)
-            add_event(hub, launch, HUB_READY, (int)slot)->writers_gone = ready->events & EPOLLHUP;
-        else
-            drain_output(hub, launch, slot, ready->events & EPOLLHUP);
+        drain_output(hub, launch, slot, ready->events);
         break;
     case LAUNCH_STATUS:
         drain_status(hub, launch);

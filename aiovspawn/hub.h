@@ -37,7 +37,7 @@ struct hub_event {
     size_t size;
     struct launch *launch;
     void *one_shot; /* of the launch, or NULL */
-    bool writers_gone;
+    bool readable, writers_gone;
 };
 
 struct hub {

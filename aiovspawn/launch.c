@@ -645,6 +645,12 @@ void launch_free(struct launch *launch)
 
 /* ---- starting ------------------------------------------------------------------- */
 
+/* Of a one-shot each is told once, and watched again when what there was has been read. */
+static uint32_t output_events(const struct launch *launch)
+{
+    return launch->one_shot ? EPOLLIN | EPOLLONESHOT : EPOLLIN;
+}
+
 /* A launch in one shot is nobody's to wait for before it is over: the status pipe is
  * looked at when the child has exited or the hub is swept. */
 static int watch_ends_locked(struct launch *launch)
@@ -654,7 +660,7 @@ static int watch_ends_locked(struct launch *launch)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
         if (launch->ends.parent[slot] >= 0)
-            result = hub_watch_locked(launch, (enum launch_slot)slot, EPOLLIN);
+            result = hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));
     return result;
 }
 
@@ -886,7 +892,7 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], void *one
         memcpy(launch->ends.parent, parent_ends, sizeof launch->ends.parent);
         for (int slot = 0; slot <= LAUNCH_STDERR && result == 0; slot++)
             if (parent_ends[slot] >= 0)
-                result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? EPOLLIN : EPOLLERR);
+                result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? output_events(launch) : EPOLLERR);
         if (result == 0)
             result = hub_watch_pidfd_locked(launch);
     }
@@ -1063,7 +1069,7 @@ int launch_watch(struct launch *launch, enum launch_slot slot, bool watch)
         if (slot == LAUNCH_STDIN)
             result = hub_watch_locked(launch, slot, watch ? EPOLLOUT : EPOLLERR);
         else if (watch)
-            result = hub_watch_locked(launch, slot, EPOLLIN);
+            result = hub_watch_locked(launch, slot, output_events(launch));
         else
             hub_unwatch_locked(launch, slot);
     }
