@@ -9,8 +9,8 @@ from sysconfig import get_platform
 
 from setuptools import Extension, setup
 
-SOURCES = ("_core", "_oneshot", "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
-HEADERS = ("_oneshot", "hub", "idmap", "launch", "probe", "spawn", "sys")
+SOURCES = ("_core", "_oneshot", "_waiter", "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
+HEADERS = ("_oneshot", "_waiter", "hub", "idmap", "launch", "probe", "spawn", "sys")
 
 core = Extension(
     "aiovspawn._core",

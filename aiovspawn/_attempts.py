@@ -32,6 +32,29 @@ OLDER_TIMEOUT = 5.0
 """Seconds after which a retry no longer waits for older launches: their loop may have stopped."""
 
 
+def launch(
+    hub: LoopHub, request: Request, stdio: tuple[int, int, int], may_share_fds: bool, limit: int | None
+) -> _core.Launch:
+    """Launch once, by the C core. Raises what subprocess.Popen would, where there is no child."""
+    try:
+        return hub.core.launch(
+            request.programs,
+            request.args,
+            request.env,
+            stdio,
+            request.pass_fds,
+            request.steps,
+            request.close_fds,
+            request.pipe_size,
+            may_share_fds,
+            limit,
+        )
+    except OSError as exc:
+        if not hasattr(exc, "step"):
+            raise
+        raise launch_error(request, exc.step, exc.errno or 0) from None
+
+
 class Attempts:
     """A launch of a request in a loop; `_launch` is the latest attempt.
 
@@ -69,23 +92,9 @@ class Attempts:
         if request.popen is not None:
             self._launch = _popen.launch(self._hub.core, request, self._limit)
         else:
+            stdio = request.stdio if self._keeper is None else self._stdio(self._keeper)
             try:
-                self._launch = self._hub.core.launch(
-                    request.programs,
-                    request.args,
-                    request.env,
-                    request.stdio if self._keeper is None else self._stdio(self._keeper),
-                    request.pass_fds,
-                    request.steps,
-                    request.close_fds,
-                    request.pipe_size,
-                    self._may_share_fds,
-                    self._limit,
-                )
-            except OSError as exc:
-                if not hasattr(exc, "step"):
-                    raise
-                raise launch_error(request, exc.step, exc.errno or 0) from None
+                self._launch = launch(self._hub, request, stdio, self._may_share_fds, self._limit)
             finally:
                 if self._keeper is not None:
                     self._keeper.close()

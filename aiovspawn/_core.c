@@ -4,11 +4,11 @@
  * OSError. It never clones and never touches a file descriptor itself. Nothing
  * the child reads belongs to Python: every string is copied.
  *
- * Neither type holds a Python object that could refer to it (a one-shot has bytes, and
- * the buffer of its input), so neither takes part in garbage collection. A Launch is
- * known to its hub by its number, which events carry.
+ * A Hub holds no Python object; of a Launch the task refers to it that waits for it. A
+ * Launch is known to its hub by its number, which events carry.
  */
 #include "_oneshot.h"
+#include "_waiter.h"
 
 #include "hub.h"
 #include "launch.h"
@@ -17,7 +17,9 @@
 #include <errno.h>
 #include <limits.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
+#include <structmember.h>
 #include <sys/auxv.h>
 
 typedef struct {
@@ -39,6 +41,7 @@ typedef struct {
     bool contended;
     enum spawn_rung rung;
     struct one_shot one_shot; /* used where run_process() launches */
+    struct waiter waiter;     /* used where it awaits the launch itself */
 } LaunchObject;
 
 static PyModuleDef core_module;
@@ -442,10 +445,12 @@ static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
 static LaunchObject *new_launch_object(HubObject *hub, Py_ssize_t limit)
 {
     core_state *state = state_of(Py_TYPE(hub));
-    LaunchObject *self = PyObject_New(LaunchObject, state->launch_type);
+    LaunchObject *self = PyObject_GC_New(LaunchObject, state->launch_type);
     if (self) {
         self->launch = NULL;
         self->one_shot = (struct one_shot){.limit = limit};
+        self->waiter = (struct waiter){0};
+        PyObject_GC_Track(self);
     }
     return self;
 }
@@ -472,11 +477,25 @@ static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
 static void Launch_dealloc(LaunchObject *self)
 {
     PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
     if (self->launch)
         launch_free(self->launch);
     oneshot_clear(&self->one_shot);
-    PyObject_Free(self);
+    waiter_clear(&self->waiter);
+    PyObject_GC_Del(self);
     Py_DECREF(type);
+}
+
+static int Launch_traverse(LaunchObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    return waiter_traverse(&self->waiter, visit, arg);
+}
+
+static int Launch_clear(LaunchObject *self)
+{
+    waiter_clear(&self->waiter);
+    return 0;
 }
 
 static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
@@ -666,6 +685,115 @@ static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
     return PyUnicode_FromString(rung_name(self->rung));
 }
 
+/* ---- Launch, as what a task waits for: _waiter.h --------------------------------- */
+
+/* wait_in(loop): the launch, a one-shot, may be awaited by a task of this loop. */
+static PyObject *Launch_wait_in(LaunchObject *self, PyObject *loop)
+{
+    Py_XSETREF(self->waiter.loop, Py_NewRef(loop));
+    return Py_NewRef(self);
+}
+
+static PyObject *Launch_get_loop(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    return Py_NewRef(self->waiter.loop ? self->waiter.loop : Py_None);
+}
+
+static PyObject *Launch_await(LaunchObject *self)
+{
+    if (self->waiter.loop)
+        return Py_NewRef(self);
+    PyErr_SetString(PyExc_TypeError, "this launch is not to be awaited");
+    return NULL;
+}
+
+static PyObject *Launch_next(LaunchObject *self)
+{
+    return waiter_next(&self->waiter, (PyObject *)self);
+}
+
+static PyObject *Launch_add_done_callback(LaunchObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    return waiter_add_callback(&self->waiter, args, count, names);
+}
+
+static PyObject *Launch_cancel(LaunchObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"msg", NULL};
+    PyObject *message = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", names, &message))
+        return NULL;
+    return waiter_cancel(&self->waiter, (PyObject *)self, message);
+}
+
+static PyObject *Launch_result(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    return waiter_result(&self->waiter);
+}
+
+/* on_event(kind, value): an event of the hub. At the end the launch is closed; what else may
+ * come is kept for who takes over, but the exec, which says nothing. */
+static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "on_event() takes 2 arguments (%zd given)", count);
+    long kind = PyLong_AsLong(args[0]);
+    if (kind == -1 && PyErr_Occurred())
+        return NULL;
+    if (kind == HUB_EXECED)
+        Py_RETURN_NONE;
+    if (kind == ONESHOT_FINISHED && !self->waiter.news) {
+        launch_close(self->launch);
+        oneshot_release_input(&self->one_shot);
+        self->waiter.finished = true;
+    } else if (waiter_add_news(&self->waiter, args[0], args[1]) < 0) {
+        return NULL;
+    }
+    return waiter_wake(&self->waiter, (PyObject *)self);
+}
+
+/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: it is to be taken over. */
+static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (!self->waiter.finished)
+        Py_RETURN_NONE;
+    PyObject *outcome = PyTuple_New(5);
+    PyObject *items[] = {
+        PyLong_FromLong(self->one_shot.returncode),
+        PyLong_FromLong(self->pid),
+        oneshot_output(&self->one_shot, 1),
+        oneshot_output(&self->one_shot, 2),
+        Launch_rusage(self, NULL),
+    };
+    bool complete = outcome != NULL;
+    for (int i = 0; i < 5; i++) {
+        complete = complete && items[i];
+        if (outcome)
+            PyTuple_SET_ITEM(outcome, i, items[i]);
+        else
+            Py_XDECREF(items[i]);
+    }
+    if (!complete)
+        Py_CLEAR(outcome);
+    return outcome;
+}
+
+/* take_over() -> [(kind, value), ...]: what has come so far. The launch is not awaited any more. */
+static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct waiter *waiter = &self->waiter;
+    PyObject *news = waiter->news ? Py_NewRef(waiter->news) : PyList_New(0);
+    if (news && waiter->finished) {
+        PyObject *end = Py_BuildValue("(ii)", (int)ONESHOT_FINISHED, self->one_shot.returncode);
+        if (!end || PyList_Append(news, end) < 0)
+            Py_CLEAR(news);
+        Py_XDECREF(end);
+    }
+    if (news)
+        waiter_clear(waiter);
+    return news;
+}
+
 static PyMethodDef Launch_methods[] = {
     {"close", (PyCFunction)Launch_close, METH_NOARGS, NULL},
     {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
@@ -683,6 +811,14 @@ static PyMethodDef Launch_methods[] = {
     {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
+    {"wait_in", (PyCFunction)Launch_wait_in, METH_O, NULL},
+    {"get_loop", (PyCFunction)Launch_get_loop, METH_NOARGS, NULL},
+    {"add_done_callback", (PyCFunction)(void (*)(void))Launch_add_done_callback, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"cancel", (PyCFunction)(void (*)(void))Launch_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"result", (PyCFunction)Launch_result, METH_NOARGS, NULL},
+    {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
+    {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
+    {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -696,9 +832,19 @@ static PyGetSetDef Launch_getset[] = {
     {NULL, NULL, NULL, NULL, NULL},
 };
 
+static PyMemberDef Launch_members[] = {
+    {"_asyncio_future_blocking", T_BOOL, offsetof(LaunchObject, waiter) + offsetof(struct waiter, blocking), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot Launch_slots[] = {
     {Py_tp_doc, (void *)"A child process and the parent's ends of its pipes."},
     {Py_tp_dealloc, (void *)Launch_dealloc},
+    {Py_tp_traverse, (void *)Launch_traverse},
+    {Py_tp_clear, (void *)Launch_clear},
+    {Py_am_await, (void *)Launch_await},
+    {Py_tp_iternext, (void *)Launch_next},
+    {Py_tp_members, (void *)Launch_members},
     {Py_tp_methods, Launch_methods},
     {Py_tp_getset, Launch_getset},
     {0, NULL},
@@ -707,7 +853,7 @@ static PyType_Slot Launch_slots[] = {
 static PyType_Spec Launch_spec = {
     .name = "aiovspawn._core.Launch",
     .basicsize = sizeof(LaunchObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = Launch_slots,
 };
 

@@ -33,10 +33,10 @@ class Delegated:
     def returncode(self) -> int | None:
         return self._process.returncode
 
-    def outcome(self) -> tuple[int, bytes | None, bytes | None, None]:
+    def outcome(self) -> tuple[int | None, int, bytes | None, bytes | None, None]:
         """As OneShot.outcome(); nobody has looked at the usage."""
         out, err = (bytes(self._outputs[fd]) if fd in self._outputs else None for fd in (1, 2))
-        return self._process.pid, out, err, None
+        return self._process.returncode, self._process.pid, out, err, None
 
     async def communicate(self, input: Any, timeout: float | None) -> None:
         """Serve the pipes and wait for the exit, or end the process when the time is up."""

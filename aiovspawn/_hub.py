@@ -45,10 +45,10 @@ class LoopHub:
         # Weak, and no handle of the loop's is kept: a hub must not keep its loop alive.
         self._loop = weakref.ref(loop)
         self._events: deque[tuple[int, int, Any]] = deque()
-        self._sweeping = False
+        self.sweeping = False
         self._closed = False
         self._parent: int | None = None
-        self.transports: dict[int, Attempts] = {}
+        self.transports: dict[int, Attempts | _core.Launch] = {}
         self.core = _core.Hub()
         # In a context of its own: the one of the first caller would otherwise live
         # as long as the loop and be seen by every later callback.
@@ -61,17 +61,17 @@ class LoopHub:
 
     def await_verdict(self) -> None:
         """Look after launches whose status pipe some stranger may hold open."""
-        if not self._sweeping:
+        if not self.sweeping:
             self._sweep_later()
 
     def _sweep_later(self) -> None:
         loop = self._loop()
         if loop is not None:
-            self._sweeping = True
+            self.sweeping = True
             self._context.run(loop.call_later, SWEEP_INTERVAL, self._sweep)
 
     def _sweep(self) -> None:
-        self._sweeping = False
+        self.sweeping = False
         if self._parent is not None:
             self._poll_as_child()
         elif not self._closed:
@@ -104,17 +104,25 @@ class LoopHub:
             loop.remove_reader(self.core.fileno())
         else:
             time.sleep(CHILD_PAUSE)
-        if not self._sweeping:
+        if not self.sweeping:
             self._poll_as_child()
 
     def _poll_as_child(self) -> None:
-        self._sweeping = False
+        self.sweeping = False
         for transport in list(self.transports.values()):
-            transport.poll_exit()
+            if isinstance(transport, _core.Launch):
+                self._poll_launch(transport)
+            else:
+                transport.poll_exit()
         loop = self._loop()
         if self.transports and loop is not None and not self._closed:
-            self._sweeping = True
+            self.sweeping = True
             self._context.run(loop.call_later, SWEEP_INTERVAL, self._poll_as_child)
+
+    def _poll_launch(self, launch: _core.Launch) -> None:
+        returncode = launch.poll()
+        if returncode is not None:
+            launch.on_event(EXITED, returncode)
 
     def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:
         events, transports = self._events, self.transports
@@ -128,9 +136,10 @@ class LoopHub:
                     transport.on_event(kind, value)
         finally:
             # A KeyboardInterrupt may come between any two lines; an event comes only once.
-            loop = self._loop()
-            if events and loop is not None and not self._closed:
-                loop.call_soon(self._dispatch)
+            if events and not self._closed:
+                loop = self._loop()
+                if loop is not None:
+                    loop.call_soon(self._dispatch)
 
     def close(self) -> None:
         """Close the epoll set; the transports keep their launches, unwatched."""

@@ -43,7 +43,7 @@ class Ladder:
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.close_hub: Callable[[asyncio.AbstractEventLoop], None]
         self.start: Callable[..., Awaitable[Any]]
-        self.start_one_shot: Callable[..., Any]
+        self.one_shot: Any
         """What of _hub.py, _transport.py and _oneshot.py is used here, if the C core is there."""
 
     def renew_lock(self) -> None:
@@ -114,12 +114,12 @@ def _load_core() -> None:
         ladder.core = importlib.import_module("aiovspawn._core")
     except ModuleNotFoundError:
         return
+    from . import _oneshot
     from ._hub import close_hub, hub_of
-    from ._oneshot import start_one_shot
     from ._transport import start_subprocess
 
     ladder.hub_of, ladder.close_hub = hub_of, close_hub
-    ladder.start, ladder.start_one_shot = start_subprocess, start_one_shot
+    ladder.start, ladder.one_shot = start_subprocess, _oneshot
 
 
 _load_core()

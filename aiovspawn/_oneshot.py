@@ -16,9 +16,10 @@ from contextvars import Context
 from subprocess import PIPE
 from typing import Any
 
-from ._attempts import Attempts
+from . import _core
+from ._attempts import Attempts, launch
 from ._hub import EXCEEDED, EXITED, FAILED, FINISHED, LoopHub
-from ._limits import KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
+from ._limits import DEFAULT, KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
 from ._request import TERMINAL, Request, launch_error, request_of
 
 GROUP_INTERVAL = 0.01
@@ -61,16 +62,25 @@ class OneShot(Attempts):
     _asyncio_future_blocking = False
 
     def __init__(
-        self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, input: Any, limits: Limits
+        self,
+        hub: LoopHub,
+        loop: asyncio.AbstractEventLoop,
+        request: Request,
+        input: Any,
+        limits: Limits,
+        launch: _core.Launch | None = None,
     ) -> None:
-        # Without super().__init__(), and below without a helper here and there: each costs 1 %.
-        self._loop = loop
-        self._hub = hub
-        self._request = request
-        self._limit = limits.output
+        """Launch the request, or take over a launch that run_process() has awaited itself."""
+        super().__init__(hub, loop, request, limits.output)
         self._input = input
         self._limits = limits
-        self._attempt()
+        if launch is None:
+            self._attempt()
+        else:
+            self._launch = launch
+            hub.transports[launch.id] = self
+            for kind, value in launch.take_over():
+                self.on_event(kind, value)
 
     # ---- the task that waits: what asyncio.Task asks of a future -----------------------
 
@@ -333,29 +343,30 @@ class OneShot(Attempts):
         """Whether there was more output than the limit."""
         return self._launch.exceeded()
 
-    def outcome(self) -> tuple[int, bytes | None, bytes | None, bytes | None]:
-        """Return the pid, what has been read of stdout and stderr, and the struct rusage."""
+    def outcome(self) -> tuple[int | None, int, bytes | None, bytes | None, bytes | None]:
+        """Return the returncode, the pid, what has been read of stdout and stderr, and the struct rusage."""
         launch = self._launch
-        return launch.pid, launch.output(1), launch.output(2), launch.rusage()
+        return self.returncode, launch.pid, launch.output(1), launch.output(2), launch.rusage()
 
 
-def start_one_shot(
-    hub: LoopHub,
-    loop: asyncio.AbstractEventLoop,
-    args: Any,
-    by_popen: bool,
-    shell: bool,
-    stdio: tuple[Any, Any, Any],
-    input: Any,
-    limits: Limits,
-    keywords: dict[str, Any],
-) -> OneShot:
-    """Launch a child that `input` is written to and whose output is kept.
-
-    args, by_popen, shell, stdio, keywords: those of request_of(), which uses up the last.
-    input: a bytes-like object, or None to close stdin at once, if it is a pipe.
-    """
+def request_one_shot(
+    args: Any, by_popen: bool, shell: bool, stdio: tuple[Any, Any, Any], keywords: dict[str, Any]
+) -> Request:
+    """Make the request for a launch in one shot: request_of(), which uses up the keywords."""
     request = request_of(args, by_popen, shell, stdio, keywords)
     if request.stdio[0] == TERMINAL:
         raise ValueError("pty: a terminal is served by whoever has the process: open_process()")
-    return OneShot(hub, loop, request, input, limits)
+    return request
+
+
+def launch_quickly(hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request) -> _core.Launch:
+    """Launch what has no input and no limits, for a task of this loop to await.
+
+    It has exited, and its output is read, when its outcome() is not None; what else has come
+    then, or an exception, is for a OneShot that takes the launch over.
+    """
+    started = launch(hub, request, request.stdio, True, DEFAULT.output).wait_in(loop)
+    hub.transports[started.id] = started
+    if not hub.sweeping:
+        hub.await_verdict()
+    return started

@@ -299,9 +299,11 @@ def _checked_id(kind: str, name: str, value: int) -> int:
 
 def _stdio_plan(stdin: Any, stdout: Any, stderr: Any) -> tuple[int, int, int]:
     child_in = INHERIT if stdin is None else _stdio_source(stdin)
-    child_out = INHERIT if stdout is None else _stdio_source(stdout)
+    child_out = INHERIT if stdout is None else PIPE if stdout is PIPE else _stdio_source(stdout)
     if stderr is None:
         return child_in, child_out, INHERIT
+    if stderr is PIPE:
+        return child_in, child_out, PIPE
     if stderr == STDOUT and child_out == INHERIT:
         assert sys.__stdout__ is not None
         return child_in, child_out, sys.__stdout__.fileno()

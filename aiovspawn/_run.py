@@ -147,42 +147,49 @@ async def run_process(
 
         stdio = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
         ended: Any = await run_delegated(args, shell, input, limits, timeout, stdio | kwds)
+        outcome = ended.outcome()
     else:
-        ended = ladder.start_one_shot(
-            hub,
-            loop,
-            args,
-            ladder.way == "popen",
-            shell,
-            (stdin, stdout, stderr),
-            input,
-            limits,
-            kwds,
-        )
+        one_shot = ladder.one_shot
+        request = one_shot.request_one_shot(args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds)
+        ended = outcome = None
+        launch: Any = None
+        if limits is DEFAULT and timeout is None and stdin is None and request.popen is None:
+            launch = one_shot.launch_quickly(hub, loop, request)
+        else:
+            ended = one_shot.OneShot(hub, loop, request, input, limits)
         input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
         try:
-            if timeout is not None:
-                ended.expire_after(timeout)
-            await ended
+            if launch is not None:
+                await launch
+                outcome = launch.outcome()
+            if outcome is None:
+                ended = ended or one_shot.OneShot(hub, loop, request, None, limits, launch)
+                if timeout is not None:
+                    ended.expire_after(timeout)
+                await ended
+                outcome = ended.outcome()
+            else:
+                hub.transports.pop(launch.id, None)
         except GeneratorExit:
-            ended.forget()  # closed, not cancelled: there may be no loop to wait on
+            # Closed, not cancelled: there may be no loop to wait on.
+            (ended or one_shot.OneShot(hub, loop, request, None, limits, launch)).forget()
             raise
         except BaseException:
-            await ended.undo()
+            await (ended or one_shot.OneShot(hub, loop, request, None, limits, launch)).undo()
             raise
-    pid, out, err, usage = ended.outcome()
-    if ended.expired:
+    returncode, pid, out, err, usage = outcome
+    if ended is not None and ended.expired:
         assert timeout is not None
         raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
     truncated = output_limit is not None and ended.exceeded
     if truncated and limits.kill_at_limit:
         assert output_limit is not None
-        raise OutputLimitExceeded(args, output_limit, out, err, ended.returncode)
+        raise OutputLimitExceeded(args, output_limit, out, err, returncode)
     if codec is not None:
         out, err = _decode(out, *codec, truncated), _decode(err, *codec, truncated)
-    if check and ended.returncode:
-        raise subprocess.CalledProcessError(ended.returncode, args, output=out, stderr=err)
-    completed = CompletedProcess(args, ended.returncode, out, err)
+    if check and returncode:
+        raise subprocess.CalledProcessError(returncode, args, output=out, stderr=err)
+    completed = CompletedProcess(args, returncode, out, err)
     completed.pid = pid
     completed.duration = time.monotonic() - begin
     completed.truncated = truncated

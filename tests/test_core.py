@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
 import gc
 import os
 import select
@@ -188,8 +191,8 @@ def test_sweep_finds_the_verdict_without_the_pipe(hub: _core.Hub) -> None:
     assert wait(hub)[-1] == (child.id, 5, -signal.SIGKILL)
 
 
-def one_shot(hub: _core.Hub, *argv: str, limit: int = -1) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, (PIPE, PIPE, PIPE), (), (), True, -1, True, limit)
+def one_shot(hub: _core.Hub, *argv: str, limit: int = -1, stdin: int = PIPE) -> _core.Launch:
+    return hub.launch((argv[0],), argv, None, (stdin, PIPE, PIPE), (), (), True, -1, True, limit)
 
 
 def finish(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -311,6 +314,70 @@ def feed(hub: _core.Hub) -> None:
     forgotten.feed(b"x" * 200_000)
 
 
+def await_it(child: _core.Launch, loop: Any) -> list[_core.Launch]:
+    """Do what a task does at `await child`; gives what will have been woken."""
+    woken: list[_core.Launch] = []
+    assert next(child.wait_in(loop).__await__()) is child
+    assert child.get_loop() is loop
+    assert child._asyncio_future_blocking is True
+    child._asyncio_future_blocking = False
+    child.add_done_callback(woken.append, context=contextvars.copy_context())
+    return woken
+
+
+def awaited(hub: _core.Hub) -> None:
+    child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
+    with pytest.raises(TypeError):
+        child.__await__()
+    woken = await_it(child, hub)
+    with pytest.raises(TypeError):
+        child.add_done_callback(woken.append, context=contextvars.copy_context())
+    assert child.outcome() is None
+    child.on_event(3, 0)  # the exec
+    for _, kind, value in finish(hub):
+        child.on_event(kind, value)
+    assert woken.pop() is child
+    assert not woken
+    assert child.result() is None
+    assert child.cancel() is False
+    assert list(iter(child.__next__, child)) == []
+    outcome = child.outcome()
+    assert outcome is not None
+    assert outcome[:4] == (0, child.pid, b"x\n", b"")
+    assert len(outcome[4] or b"") >= 144
+    assert child.pidfd == -1
+
+
+def taken_over(hub: _core.Hub) -> None:
+    class Loop:
+        """Of which cancel() asks for one method."""
+
+        def call_soon(self, callback: Any, *args: Any, context: contextvars.Context) -> int:
+            calls.append(functools.partial(context.run, callback, *args))
+            return 1
+
+    calls: list[Callable[[], None]] = []
+    child = one_shot(hub, "/bin/sh", "-c", "echo x; exit 3", stdin=INHERIT, limit=1)
+    woken = await_it(child, Loop())
+    assert child.cancel(msg="why") is True
+    assert child.cancel() is False
+    calls.pop()()
+    assert woken.pop() is child
+    with pytest.raises(asyncio.CancelledError, match="why"):
+        child.result()
+    assert child.result() is None
+    for _, kind, value in finish(hub):
+        child.on_event(kind, value)
+    assert not woken
+    assert child.outcome() is None
+    assert child.take_over() == [(8, 1), (7, 3)]
+    assert child.take_over() == []
+    # What waits for itself is collected.
+    forgotten = one_shot(hub, "/bin/true", stdin=INHERIT)
+    await_it(forgotten, [forgotten])
+    finish(hub)
+
+
 def signal_group(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/true")
     child.keep_pidfd(True)
@@ -366,6 +433,14 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.output": feed,
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
+    "Launch.wait_in": awaited,
+    "Launch.get_loop": awaited,
+    "Launch.add_done_callback": awaited,
+    "Launch.on_event": awaited,
+    "Launch.outcome": awaited,
+    "Launch.result": awaited,
+    "Launch.cancel": taken_over,
+    "Launch.take_over": taken_over,
     "Launch.keep_pidfd": signal_group,
     "Launch.kill_cgroup": kill_cgroup,
     "Launch.resize": resize,

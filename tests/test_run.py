@@ -612,9 +612,8 @@ async def test_quick_reader_does_not_stop_the_loop() -> None:
 
 async def test_later_attempt_that_cannot_be_served_is_an_error() -> None:
     hub = ladder.hub_for(asyncio.get_running_loop(), {})
-    shot = ladder.start_one_shot(
-        hub, hub._loop(), ["sleep", "1000"], False, False, (None,) * 3, None, DEFAULT, {}
-    )
+    request = ladder.one_shot.request_one_shot(["sleep", "1000"], False, False, (None,) * 3, {})
+    shot = ladder.one_shot.OneShot(hub, hub._loop(), request, None, DEFAULT)
     waiting = asyncio.ensure_future(wait_for(shot))
     await asyncio.sleep(0)
     shot.forget()  # as what follows the clone does when it fails

@@ -1,0 +1,34 @@
+/* A launch as what a task waits for: asyncio's protocol of futures without a future, so that
+ * the end of a one-shot wakes its task from the hub's own callback.
+ *
+ * For the usual case: nothing came but the end. What else there is, news of the hub or a
+ * cancellation, is kept for _oneshot.py, which takes the launch over then.
+ */
+#ifndef AIOVSPAWN_WAITER_H
+#define AIOVSPAWN_WAITER_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdbool.h>
+
+struct waiter {
+    PyObject *loop; /* NULL: nobody waits, or the launch has been taken over */
+    PyObject *callback, *context; /* the waiting task's; NULL before it waits and when it is being woken */
+    PyObject *news;    /* list of (kind, value), or NULL */
+    PyObject *message; /* of the cancellation */
+    char blocking;     /* _asyncio_future_blocking */
+    bool cancelled, finished;
+};
+
+int waiter_traverse(const struct waiter *waiter, visitproc visit, void *arg);
+void waiter_clear(struct waiter *waiter);
+
+PyObject *waiter_add_callback(struct waiter *waiter, PyObject *const *args, Py_ssize_t count, PyObject *names);
+PyObject *waiter_cancel(struct waiter *waiter, PyObject *self, PyObject *message);
+PyObject *waiter_result(struct waiter *waiter);
+PyObject *waiter_next(struct waiter *waiter, PyObject *self);
+PyObject *waiter_wake(struct waiter *waiter, PyObject *self);
+int waiter_add_news(struct waiter *waiter, PyObject *kind, PyObject *value);
+
+#endif
