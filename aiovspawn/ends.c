@@ -20,7 +20,7 @@ void spawn_ends_init(struct spawn_ends *ends)
     ends->terminal = false;
     ends->go_read = ends->go_write = -1;
     ends->cgroup = -1;
-    ends->owns_cgroup = ends->moves_memory = false;
+    ends->owns_cgroup = ends->moves_memory = ends->hides_memory = false;
     ends->cgroup_inode[0] = ends->cgroup_inode[1] = 0;
 }
 
@@ -375,6 +375,7 @@ static int check_user_fds(const struct spawn_request *request, enum spawn_op *re
 int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
 {
     spawn_ends_init(ends);
+    ends->hides_memory = !request->by_memory && spawn_hides_memory(request);
     int result = check_user_fds(request, ret_op);
     if (result < 0)
         return result;

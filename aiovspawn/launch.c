@@ -668,7 +668,7 @@ static int watch_ends_locked(struct launch *launch)
 static int clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
 {
     bool waits = !spawn_is_detached(rung);
-    if (rung != SPAWN_FORK && spawn_hides_memory(&block->request))
+    if (rung != SPAWN_FORK && launch->ends.hides_memory)
         hide_memory_locked(launch);
     launch->contended = counts.in_flight > 1;
     if (waits)
@@ -719,7 +719,7 @@ static bool has_fds_to_spare_locked(const struct launch *launch)
 static bool shares_fds_locked(const struct launch *launch, const struct block *block, enum spawn_rung rung)
 {
     return spawn_is_detached(rung) && launch->ends.status_write >= share_fds_from && hiding == 0 &&
-           !spawn_hides_memory(&block->request) && spawn_can_share_fds(&block->request) &&
+           !launch->ends.hides_memory && spawn_can_share_fds(&block->request) &&
            has_fds_to_spare_locked(launch) && sharing_works_locked(rung);
 }
 

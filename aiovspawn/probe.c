@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,10 @@ static int clone_locked(struct block *block, enum spawn_rung rung, int *ret_pidf
     int pid = spawn_clone(&block->child, stack, stack_size, rung, ret_pidfd);
     if (pid < 0)
         return pid;
+    /* Dead for certain, before its block is another's: waitid() may be refused. */
+    struct pollfd dead = {.fd = *ret_pidfd, .events = POLLIN};
+    while (poll(&dead, 1, -1) < 0 && errno == EINTR)
+        ;
     info.si_code = CLD_EXITED; /* also where somebody else has reaped it */
     while (waitid(P_PID, (id_t)pid, &info, WEXITED) < 0 && errno == EINTR)
         ;

@@ -128,7 +128,7 @@ struct spawn_child {
     uint32_t in_memory; /* CLONE_CHILD_CLEARTID's word: 0 after exec and after exit */
     int status_fd;      /* write end of the status pipe, close-on-exec; -1: the record tells */
     uint32_t has_begun; /* set by the child before all steps: seen by who shares its memory */
-    struct spawn_record record; /* set by a child without a status pipe that failed; op is 0 until then */
+    _Alignas(8) struct spawn_record record; /* set by a child without a status pipe that failed; op is 0 until then */
     int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
     uint64_t namespaces; /* flags for the clone */
     bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
@@ -155,6 +155,7 @@ struct spawn_ends {
     uint64_t cgroup_inode[2];
     bool owns_cgroup; /* nobody was in it before */
     bool moves_memory; /* see struct spawn_child */
+    bool hides_memory; /* the answer of spawn_hides_memory(), which is asked once: ids may change */
 };
 
 /* How a child exits that could not exec. */

@@ -363,10 +363,10 @@ bool spawn_needs_status_pipe(const struct spawn_request *request)
 
 /* Hidden by the child, before and after: what comes earlier may need its /proc entry, which
  * is root's as long as our memory is hidden. */
-static void add_option(const struct spawn_request *request, struct spawn_child *child,
-                       const struct spawn_step *step)
+static void add_option(const struct spawn_ends *ends, struct spawn_child *child, const struct spawn_step *step)
 {
-    bool hides = changes_id(request, step) || step->op == SPAWN_SECCOMP;
+    bool sets_id = step->op == SPAWN_SETUID || step->op == SPAWN_SETGID;
+    bool hides = ends->hides_memory && (sets_id || step->op == SPAWN_SECCOMP);
     if (hides)
         add_step(child, SPAWN_HIDE_MEMORY, 0, 0);
     child->steps[child->step_count++] = *step;
@@ -433,11 +433,11 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
         else if (step->op == SPAWN_SECCOMP)
             filter = step;
         else if (step->op > SPAWN_CGROUP)
-            add_option(request, child, step); /* up to that one they have places of their own */
+            add_option(ends, child, step); /* up to that one they have places of their own */
     }
     add_step(child, SPAWN_SET_MASK, 0, 0);
     child->steps[child->step_count - 1].data = mask;
     if (filter)
-        add_option(request, child, filter); /* it may refuse all of the above */
+        add_option(ends, child, filter); /* it may refuse all of the above */
     add_step(child, SPAWN_EXEC, 0, 0);
 }

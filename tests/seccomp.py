@@ -12,8 +12,8 @@ import platform
 import struct
 import sys
 
-CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, FORK, VFORK = (
-    (56, 435, 436, 434, 57, 58) if platform.machine() == "x86_64" else (220, 435, 436, 434, 0, 0)
+CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, WAITID, FORK, VFORK = (
+    (56, 435, 436, 434, 247, 57, 58) if platform.machine() == "x86_64" else (220, 435, 436, 434, 95, 0, 0)
 )
 CLONE_VM, CLONE_VFORK, CLONE_THREAD = 0x100, 0x4000, 0x10000
 
@@ -55,6 +55,7 @@ FILTERS = {
     "clone3-eperm": refuse(CLONE3, errno.EPERM),
     "close_range-enosys": refuse(CLOSE_RANGE, errno.ENOSYS),
     "pidfd_open-eperm": refuse(PIDFD_OPEN, errno.EPERM),
+    "waitid-eperm": refuse(WAITID, errno.EPERM),
     "detached-einval": DETACHED,
     "no-processes": NO_PROCESSES,
 }

@@ -152,3 +152,22 @@ assert record == "launches with preexec_fn are delegated to the event loop: pidf
 
 def test_every_filter_is_used() -> None:
     assert set(FILTERS) == {name for names in RUNG_LEFT for name in names.split(",")} | {"no-processes"}
+
+
+def test_probe_does_not_give_up_its_memory_before_its_child_is_dead(python: list[str]) -> None:
+    """It cannot reap it where waitid() is refused, and the next launch takes the memory."""
+    code = f"""
+import asyncio, sys, aiovspawn
+from aiovspawn import PIPE, run_process, _core
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+async def main():
+    await run_process(["true"])
+    seccomp.install("waitid-eperm")
+    for _ in range(100):
+        _core.probe("detached_clone3")
+        runs = [asyncio.wait_for(run_process(["true"], stdout=PIPE), 10) for _ in range(3)]
+        assert {{done.returncode for done in await asyncio.gather(*runs)}} == {{255}}
+aiovspawn.run(main())
+"""
+    on_loop(code, python)
