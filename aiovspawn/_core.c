@@ -25,6 +25,7 @@
 typedef struct {
     PyTypeObject *hub_type;
     PyTypeObject *launch_type;
+    PyTypeObject *waiter_type;
     PyObject *extend; /* the name of deque's method */
 } core_state;
 
@@ -719,11 +720,7 @@ static PyObject *Launch_add_done_callback(LaunchObject *self, PyObject *const *a
 
 static PyObject *Launch_cancel(LaunchObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"msg", NULL};
-    PyObject *message = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", names, &message))
-        return NULL;
-    return waiter_cancel(&self->waiter, (PyObject *)self, message);
+    return waiter_cancel_method(&self->waiter, (PyObject *)self, args, kwargs);
 }
 
 static PyObject *Launch_result(LaunchObject *self, PyObject *Py_UNUSED(unused))
@@ -1289,9 +1286,11 @@ static int core_exec(PyObject *module)
     state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
-    if (!state->launch_type || !state->hub_type || !state->extend)
+    state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
+    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend)
         return -1;
-    if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0)
+    if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
+        PyModule_AddType(module, state->waiter_type) < 0)
         return -1;
     if (add_names(module, "STEP_NAMES", spawn_step_names, SPAWN_OPS) < 0 ||
         add_names(module, "FEATURES", probe_names, PROBES) < 0)
@@ -1304,6 +1303,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     core_state *state = PyModule_GetState(module);
     Py_VISIT(state->hub_type);
     Py_VISIT(state->launch_type);
+    Py_VISIT(state->waiter_type);
     return 0;
 }
 
@@ -1312,6 +1312,7 @@ static int core_clear(PyObject *module)
     core_state *state = PyModule_GetState(module);
     Py_CLEAR(state->hub_type);
     Py_CLEAR(state->launch_type);
+    Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
     return 0;
 }

@@ -44,7 +44,8 @@ class LoopHub:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Weak, and no handle of the loop's is kept: a hub must not keep its loop alive.
         self._loop = weakref.ref(loop)
-        self._events: deque[tuple[int, int, Any]] = deque()
+        self.events: deque[tuple[int, int, Any]] = deque()
+        """What the C hub has told and the transports have not been."""
         self.sweeping = False
         self._closed = False
         self._parent: int | None = None
@@ -88,7 +89,7 @@ class LoopHub:
     def leave_to_parent(self) -> None:
         """In a forked child that may go on with the loop: the epoll set is not ours any more."""
         self._parent = os.getppid()
-        self._events.clear()
+        self.events.clear()
 
     def _drain_as_child(self, parent: int) -> None:
         """Tell of exits as the pidfds have them; who goes on with its parent's loop gets no more.
@@ -125,7 +126,7 @@ class LoopHub:
             launch.on_event(EXITED, returncode)
 
     def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:
-        events, transports = self._events, self.transports
+        events, transports = self.events, self.transports
         try:
             if fill is not None:
                 fill(events)  # in C: an event that was not returned yet cannot be lost

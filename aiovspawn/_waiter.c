@@ -1,5 +1,8 @@
-/* A launch as what a task waits for: see _waiter.h, and asyncio.Task for the protocol. */
+/* What a task waits for: see _waiter.h, and asyncio.Task for the protocol. */
 #include "_waiter.h"
+
+#include <stddef.h>
+#include <structmember.h>
 
 int waiter_traverse(const struct waiter *waiter, visitproc visit, void *arg)
 {
@@ -8,6 +11,7 @@ int waiter_traverse(const struct waiter *waiter, visitproc visit, void *arg)
     Py_VISIT(waiter->context);
     Py_VISIT(waiter->news);
     Py_VISIT(waiter->message);
+    Py_VISIT(waiter->error);
     return 0;
 }
 
@@ -18,6 +22,7 @@ void waiter_clear(struct waiter *waiter)
     Py_CLEAR(waiter->context);
     Py_CLEAR(waiter->news);
     Py_CLEAR(waiter->message);
+    Py_CLEAR(waiter->error);
 }
 
 /* add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
@@ -65,7 +70,6 @@ static int wake_soon(struct waiter *waiter, PyObject *self)
     Py_DECREF(handle);
     Py_CLEAR(waiter->callback);
     Py_CLEAR(waiter->context);
-    Py_CLEAR(waiter->loop);
     return 0;
 }
 
@@ -95,24 +99,26 @@ static void raise_cancelled(PyObject *message)
     Py_XDECREF(module);
 }
 
-/* result(): raises the cancellation, once; what came of the launch is its own. */
+/* result(): raises the cancellation or the error, once. */
 PyObject *waiter_result(struct waiter *waiter)
 {
-    if (!waiter->cancelled)
-        Py_RETURN_NONE;
-    PyObject *message = waiter->message;
+    PyObject *message = waiter->message, *error = waiter->error;
+    waiter->message = waiter->error = NULL;
+    if (waiter->cancelled)
+        raise_cancelled(message);
+    else if (error)
+        PyErr_SetObject((PyObject *)Py_TYPE(error), error);
     waiter->cancelled = false;
-    waiter->message = NULL;
-    raise_cancelled(message);
     Py_XDECREF(message);
-    return NULL;
+    Py_XDECREF(error);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* Of `await launch`: the launch itself, once, unless something has come already. */
+/* Of the await: what waits itself, once, unless something has come already. */
 PyObject *waiter_next(struct waiter *waiter, PyObject *self)
 {
     if (waiter->finished || waiter->news || waiter->context)
-        return NULL;
+        return waiter->error ? waiter_result(waiter) : NULL;
     waiter->blocking = 1;
     return Py_NewRef(self);
 }
@@ -126,3 +132,147 @@ int waiter_add_news(struct waiter *waiter, PyObject *kind, PyObject *value)
     Py_XDECREF(event);
     return result;
 }
+
+/* ---- the type Waiter ---------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    struct waiter waiter;
+} WaiterObject;
+
+/* Waiter(loop) */
+static PyObject *Waiter_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *loop;
+    if ((kwargs && PyDict_GET_SIZE(kwargs)) || !PyArg_ParseTuple(args, "O:Waiter", &loop)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "Waiter() takes no keyword arguments");
+        return NULL;
+    }
+    WaiterObject *self = (WaiterObject *)type->tp_alloc(type, 0);
+    if (self)
+        self->waiter.loop = Py_NewRef(loop);
+    return (PyObject *)self;
+}
+
+static int Waiter_traverse(WaiterObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    return waiter_traverse(&self->waiter, visit, arg);
+}
+
+static int Waiter_clear(WaiterObject *self)
+{
+    waiter_clear(&self->waiter);
+    return 0;
+}
+
+static void Waiter_dealloc(WaiterObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    waiter_clear(&self->waiter);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *Waiter_await(WaiterObject *self)
+{
+    return Py_NewRef(self);
+}
+
+static PyObject *Waiter_next(WaiterObject *self)
+{
+    return waiter_next(&self->waiter, (PyObject *)self);
+}
+
+static PyObject *Waiter_get_loop(WaiterObject *self, PyObject *Py_UNUSED(unused))
+{
+    return Py_NewRef(self->waiter.loop ? self->waiter.loop : Py_None);
+}
+
+static PyObject *Waiter_add_done_callback(WaiterObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    return waiter_add_callback(&self->waiter, args, count, names);
+}
+
+PyObject *waiter_cancel_method(struct waiter *waiter, PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"msg", NULL};
+    PyObject *message = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", names, &message))
+        return NULL;
+    return waiter_cancel(waiter, self, message);
+}
+
+static PyObject *Waiter_cancel(WaiterObject *self, PyObject *args, PyObject *kwargs)
+{
+    return waiter_cancel_method(&self->waiter, (PyObject *)self, args, kwargs);
+}
+
+static PyObject *Waiter_result(WaiterObject *self, PyObject *Py_UNUSED(unused))
+{
+    return waiter_result(&self->waiter);
+}
+
+static PyObject *Waiter_done(WaiterObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(self->waiter.finished);
+}
+
+/* finish(at_once, error): the task goes on, and raises the error if that is not None. At once:
+ * only where no task is running, which is a task of this loop too. */
+static PyObject *Waiter_finish(WaiterObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    struct waiter *waiter = &self->waiter;
+    int at_once = count == 2 ? PyObject_IsTrue(args[0]) : 0;
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "finish() takes 2 arguments (%zd given)", count);
+    if (at_once < 0)
+        return NULL;
+    if (waiter->finished)
+        Py_RETURN_NONE;
+    waiter->finished = true;
+    if (args[1] != Py_None)
+        Py_XSETREF(waiter->error, Py_NewRef(args[1]));
+    if (at_once)
+        return waiter_wake(waiter, (PyObject *)self);
+    if (waiter->callback && wake_soon(waiter, (PyObject *)self) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef Waiter_methods[] = {
+    {"get_loop", (PyCFunction)Waiter_get_loop, METH_NOARGS, NULL},
+    {"add_done_callback", (PyCFunction)(void (*)(void))Waiter_add_done_callback, METH_FASTCALL | METH_KEYWORDS, NULL},
+    {"cancel", (PyCFunction)(void (*)(void))Waiter_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"result", (PyCFunction)Waiter_result, METH_NOARGS, NULL},
+    {"done", (PyCFunction)Waiter_done, METH_NOARGS, NULL},
+    {"finish", (PyCFunction)(void (*)(void))Waiter_finish, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef Waiter_members[] = {
+    {"_asyncio_future_blocking", T_BOOL, offsetof(WaiterObject, waiter) + offsetof(struct waiter, blocking), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot Waiter_slots[] = {
+    {Py_tp_doc, (void *)"What one task waits for, and is woken by with no turn of the loop in between."},
+    {Py_tp_new, (void *)Waiter_new},
+    {Py_tp_dealloc, (void *)Waiter_dealloc},
+    {Py_tp_traverse, (void *)Waiter_traverse},
+    {Py_tp_clear, (void *)Waiter_clear},
+    {Py_am_await, (void *)Waiter_await},
+    {Py_tp_iternext, (void *)Waiter_next},
+    {Py_tp_methods, (void *)Waiter_methods},
+    {Py_tp_members, (void *)Waiter_members},
+    {0, NULL},
+};
+
+PyType_Spec waiter_spec = {
+    .name = "aiovspawn._core.Waiter",
+    .basicsize = sizeof(WaiterObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = Waiter_slots,
+};

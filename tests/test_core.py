@@ -378,6 +378,38 @@ def taken_over(hub: _core.Hub) -> None:
     finish(hub)
 
 
+def waiter(hub: _core.Hub) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def wait_for(waiting: _core.Waiter) -> None:
+        await waiting
+
+    def run(finish: Callable[[_core.Waiter, asyncio.Task[None]], object]) -> None:
+        waiting = _core.Waiter(loop)
+        assert waiting.get_loop() is loop
+        task = loop.create_task(wait_for(waiting))
+        loop.call_soon(finish, waiting, task)
+        loop.run_until_complete(task)
+        assert waiting.done()
+
+    run(lambda waiting, task: waiting.finish(True, None))
+    run(lambda waiting, task: waiting.finish(False, None))
+    with pytest.raises(KeyError):
+        run(lambda waiting, task: waiting.finish(True, KeyError("x")))
+    with pytest.raises(asyncio.CancelledError, match="why"):
+        run(lambda waiting, task: task.cancel("why"))
+    finished = _core.Waiter(loop)
+    finished.finish(True, KeyError("x"))
+    with pytest.raises(KeyError):
+        loop.run_until_complete(wait_for(finished))
+    forgotten = _core.Waiter(loop)
+    finished.finish(True, None)
+    forgotten.finish(False, ValueError(forgotten))  # what has itself is collected
+    with pytest.raises(TypeError):
+        _core.Waiter()  # type: ignore[call-arg]
+    loop.close()
+
+
 def signal_group(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/true")
     child.keep_pidfd(True)
@@ -441,6 +473,12 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.result": awaited,
     "Launch.cancel": taken_over,
     "Launch.take_over": taken_over,
+    "Waiter.get_loop": waiter,
+    "Waiter.add_done_callback": waiter,
+    "Waiter.cancel": waiter,
+    "Waiter.result": waiter,
+    "Waiter.done": waiter,
+    "Waiter.finish": waiter,
     "Launch.keep_pidfd": signal_group,
     "Launch.kill_cgroup": kill_cgroup,
     "Launch.resize": resize,
@@ -461,10 +499,9 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
 
 def entry_points() -> set[str]:
     names = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
-    names |= {f"Hub.{name}" for name, value in vars(_core.Hub).items() if callable(value) and name[0] != "_"}
-    names |= {
-        f"Launch.{name}" for name, value in vars(_core.Launch).items() if callable(value) and name[0] != "_"
-    }
+    for kind in (_core.Hub, _core.Launch, _core.Waiter):
+        methods = (name for name, value in vars(kind).items() if callable(value))
+        names |= {f"{kind.__name__}.{name}" for name in methods if name[0] != "_"}
     return {name for name in names if not name.startswith("_")} | {"Hub"}
 
 

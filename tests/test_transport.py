@@ -302,6 +302,7 @@ async def test_paused_pipe_of_a_dead_child_is_held_by_its_user_alone() -> None:
     process = await sh("head -c 60000 /dev/zero; sleep 0.01; echo x", stdout=PIPE, limit=100)
     transport = weakref.ref(process._transport)
     await process.wait()
+    await asyncio.sleep(0)  # who woke us has it in hand
     with pytest.warns(ResourceWarning, match="unclosed transport"):
         del process
         gc.collect()
