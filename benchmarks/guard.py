@@ -30,7 +30,7 @@ FIGURES = Path(__file__).with_suffix(".json")
 FEW, MANY = 50, 250
 LAUNCHES = MANY - FEW
 TOLERANCE = 0.1
-RUNS = {"run_process_captured": 3}
+RUNS = {"run_process_captured": 5, "create_captured": 3}
 """Of which the least counts: how often the loop wakes up for two pipes and an exit is chance."""
 PROGRAM = """
 import asyncio, sys
