@@ -151,7 +151,10 @@ assert record == "launches with preexec_fn are delegated to the event loop: pidf
 
 
 def test_every_filter_is_used() -> None:
-    assert set(FILTERS) == {name for names in RUNG_LEFT for name in names.split(",")} | {"no-processes"}
+    assert set(FILTERS) == {name for names in RUNG_LEFT for name in names.split(",")} | {
+        "no-processes",
+        "waitid-eperm",
+    }
 
 
 def test_probe_does_not_give_up_its_memory_before_its_child_is_dead(python: list[str]) -> None:
