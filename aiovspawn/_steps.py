@@ -354,17 +354,24 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (int, bytes, str) or isinstance(value, IntEnum)
 
 
+PLAIN_TYPES = frozenset((int, bytes, str))
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    return PLAIN_TYPES.issuperset(map(type, values)) or all(map(_is_plain, values))
+
+
 def _is_fixed(value: Any) -> bool:
-    return _is_plain(value) or (type(value) is tuple and all(map(_is_plain, value)))
+    return _is_plain(value) or (type(value) is tuple and _are_plain(value))
 
 
 def _is_comparable(value: Any) -> bool:
     """Whether what is equal to it, and as comparable, is the same option."""
     kind = type(value)
     if kind is dict:
-        return all(map(_is_plain, value)) and all(map(_is_fixed, value.values()))
+        return _are_plain(value) and (_are_plain(value.values()) or all(map(_is_fixed, value.values())))
     if kind in (tuple, list, set, frozenset):
-        return all(map(_is_fixed, value))
+        return _are_plain(value) or all(map(_is_fixed, value))
     return kind is bool or _is_plain(value)
 
 
@@ -374,6 +381,8 @@ _remembered: dict[str, tuple[type, Any, Steps]] = {}
 
 def _made(name: str, value: Any, make: Maker) -> Steps:
     known = _remembered.get(name)
+    if known is not None and known[1] is value:
+        return known[2]  # its own copy: it cannot change
     comparable = _is_comparable(value)
     if comparable and known is not None and known[0] is type(value) and known[1] == value:
         return known[2]
@@ -383,24 +392,40 @@ def _made(name: str, value: Any, make: Maker) -> Steps:
     return steps
 
 
-def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
-    """Check options and make steps of them; None is as good as absent."""
-    made = []
-    for name, value in options.items():
-        if value is not None:
-            place, make = MAKERS[name]
-            made.append((place, _made(name, value, make)))
-    made.sort()
+Made: TypeAlias = list[tuple[int, Steps]]
+"""Steps of each option, with its place among the options."""
+
+_latest: tuple[Made, CheckedOptions] = ([], NO_OPTIONS)
+"""What was made last, and put in order: most launches of a program have the same options."""
+
+
+def _in_order(made: Made) -> CheckedOptions:
     first: list[Step] = []
     before_ids: list[Step] = []
     last: list[Step] = []
-    for place, steps in made:
+    for place, steps in sorted(made):
         if place < LAST_OF_FIRST:
             first += steps
         elif place < LAST_BEFORE_IDS:
             before_ids += steps
         else:
             last += steps
+    return CheckedOptions(first, before_ids, last)
+
+
+def option_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions:
+    """Check options and make steps of them; None is as good as absent."""
+    global _latest
+    made: Made = []
+    for name, value in options.items():
+        if value is not None:
+            place, make = MAKERS[name]
+            made.append((place, _made(name, value, make)))
+    known, ordered = _latest
+    if made != known:
+        ordered = _in_order(made)
+        _latest = made, ordered
+    first, before_ids, last = map(list, ordered)
     _complete(options, changes_user, first, before_ids, last)
     return CheckedOptions(first, before_ids, last)
 
