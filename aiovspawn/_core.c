@@ -468,6 +468,7 @@ static PyObject *fill_launch_object(LaunchObject *self, struct launch *launch, e
     return (PyObject *)self;
 }
 
+/* Also called by close() of a coroutine that awaits the launch. */
 static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
     launch_close(self->launch);

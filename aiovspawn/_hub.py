@@ -83,8 +83,18 @@ class LoopHub:
     def _drain(self) -> None:
         if self._parent is not None:
             self._drain_as_child(self._parent)
+        elif getattr(self._loop(), "_nest_patched", False):
+            # By nest_asyncio: who is told in here may run the loop, and nobody can be told again
+            # before our own context has been left.
+            self._drain_for_later()
         elif not self._closed:
             self._dispatch(self.core.drain)
+
+    def _drain_for_later(self) -> None:
+        loop = self._loop()
+        if loop is not None and not self._closed:
+            self.core.drain(self.events)
+            loop.call_soon(self._dispatch, context=contextvars.Context())
 
     def leave_to_parent(self) -> None:
         """In a forked child that may go on with the loop: the epoll set is not ours any more."""

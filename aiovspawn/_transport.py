@@ -170,8 +170,11 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         """A pipe has come to its end or was closed."""
         if self._state is not State.ABANDONED:
             assert self._protocol is not None
-            self._deliver(self._protocol.pipe_connection_lost, fd, exc)
-            self._try_finish()
+            try:
+                self._deliver(self._protocol.pipe_connection_lost, fd, exc)
+            finally:
+                self._try_finish()
+                self.keep_while_watched()
 
     def _exited(self, returncode: int) -> None:
         if self._launch.status_lost:
@@ -221,8 +224,12 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def _wake_waiters(self) -> None:
         waiters, self._exit_waiters = self._exit_waiters, []
-        for waiter in waiters:
-            self._wake(waiter)
+        try:
+            while waiters:
+                self._wake(waiters.pop(0))
+        finally:
+            for waiter in waiters:  # a task has raised what ends the loop
+                waiter.finish(False, None)
 
     def _try_finish(self) -> None:
         if not self._exit_told or self._state is not State.RUNNING:

@@ -15,11 +15,12 @@ int waiter_traverse(const struct waiter *waiter, visitproc visit, void *arg)
     return 0;
 }
 
+/* The loop last: who has a callback has a loop to call it. */
 void waiter_clear(struct waiter *waiter)
 {
-    Py_CLEAR(waiter->loop);
     Py_CLEAR(waiter->callback);
     Py_CLEAR(waiter->context);
+    Py_CLEAR(waiter->loop);
     Py_CLEAR(waiter->news);
     Py_CLEAR(waiter->message);
     Py_CLEAR(waiter->error);
@@ -28,32 +29,13 @@ void waiter_clear(struct waiter *waiter)
 /* add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
 PyObject *waiter_add_callback(struct waiter *waiter, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
-    if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || waiter->callback) {
+    if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || waiter->callback || !waiter->loop) {
         PyErr_SetString(PyExc_TypeError, "a launch is awaited by one task, and by nobody else");
         return NULL;
     }
     waiter->callback = Py_NewRef(args[0]);
     Py_XSETREF(waiter->context, Py_NewRef(args[1]));
     Py_RETURN_NONE;
-}
-
-/* Calls the task's wakeup, which runs the task at once. */
-PyObject *waiter_wake(struct waiter *waiter, PyObject *self)
-{
-    PyObject *callback = waiter->callback, *context = waiter->context;
-    if (!callback)
-        Py_RETURN_NONE;
-    waiter->callback = waiter->context = NULL;
-    Py_CLEAR(waiter->loop);
-    PyObject *result = NULL;
-    if (PyContext_Enter(context) == 0) {
-        result = PyObject_CallOneArg(callback, self);
-        if (PyContext_Exit(context) < 0)
-            Py_CLEAR(result);
-    }
-    Py_DECREF(callback);
-    Py_DECREF(context);
-    return result;
 }
 
 static int wake_soon(struct waiter *waiter, PyObject *self)
@@ -71,6 +53,27 @@ static int wake_soon(struct waiter *waiter, PyObject *self)
     Py_CLEAR(waiter->callback);
     Py_CLEAR(waiter->context);
     return 0;
+}
+
+/* Calls the task's wakeup, which runs the task at once; in the next turn of the loop where its
+ * context cannot be entered. */
+PyObject *waiter_wake(struct waiter *waiter, PyObject *self)
+{
+    PyObject *callback = waiter->callback, *context = waiter->context;
+    if (!callback)
+        Py_RETURN_NONE;
+    if (PyContext_Enter(context) < 0) {
+        PyErr_Clear();
+        return wake_soon(waiter, self) < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    waiter->callback = waiter->context = NULL;
+    Py_CLEAR(waiter->loop);
+    PyObject *result = PyObject_CallOneArg(callback, self);
+    if (PyContext_Exit(context) < 0)
+        Py_CLEAR(result);
+    Py_DECREF(callback);
+    Py_DECREF(context);
+    return result;
 }
 
 /* cancel(message): wakes the task with CancelledError; False: it is being woken. */

@@ -329,6 +329,8 @@ def awaited(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
     with pytest.raises(TypeError):
         child.__await__()
+    with pytest.raises(TypeError):
+        child.add_done_callback(print, context=contextvars.copy_context())
     woken = await_it(child, hub)
     with pytest.raises(TypeError):
         child.add_done_callback(woken.append, context=contextvars.copy_context())

@@ -651,3 +651,53 @@ def source_of(function: Any) -> str:
 
 def test_orphans_are_reaped_without_a_loop() -> None:
     assert _core.reap_orphans() == 0
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_ends_the_loop_keeps_nobody_else_from_waking(kind: type[BaseException]) -> None:
+    async def wait(process: aiovspawn.Process, raises: bool) -> int:
+        returncode = await process.wait()
+        if raises:
+            raise kind
+        return returncode
+
+    loop = aiovspawn.new_event_loop()
+    process = loop.run_until_complete(launch("sh", "-c", "read line; exit 3", stdin=PIPE))
+    tasks = [loop.create_task(wait(process, number == 1)) for number in range(4)]
+    assert process.stdin is not None
+    loop.call_soon(process.stdin.close)
+    with pytest.raises(kind):
+        loop.run_until_complete(asyncio.wait(tasks))
+    assert loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))[2:] == [3, 3]
+    loop.close()
+
+
+def test_what_ends_the_loop_in_a_callback_keeps_none_of_the_others_back() -> None:
+    class Exiting(Recorder):
+        def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+            super().pipe_connection_lost(fd, exc)
+            raise SystemExit
+
+    async def main() -> Any:
+        loop = asyncio.get_running_loop()
+        return await loop.subprocess_shell(Exiting, "sleep .05 & exit 0", stdin=None, stderr=None)
+
+    loop = aiovspawn.new_event_loop()
+    transport, protocol = loop.run_until_complete(main())
+    with pytest.raises(SystemExit):
+        loop.run_forever()
+    loop.run_until_complete(asyncio.wait_for(protocol.lost, 5))
+    transport.close()
+    loop.close()
+
+
+async def test_loop_that_can_be_run_within_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nest_asyncio makes them: nobody is told from within the hub's own context."""
+    hub = hub_of(asyncio.get_running_loop())
+    monkeypatch.setattr(asyncio.get_running_loop(), "_nest_patched", True, raising=False)
+    process = await launch("true")
+    assert hub._context.run(int) == 0
+    assert await process.wait() == 0
+    assert hub._context.run(int) == 0
+    await aiovspawn.run_process(["true"])
+    assert hub._context.run(int) == 0
