@@ -126,6 +126,8 @@ static size_t first_environ_size;
 static void find_first_environ(void)
 {
     const char *last = (const char *)getauxval(AT_EXECFN), *begin = NULL, *end = NULL;
+    if (first_environ)
+        return; /* another interpreter's thread may be using it */
     for (char **string = environ; string && *string && (!end || end != last); string++) {
         if (*string != end)
             begin = *string;

@@ -30,7 +30,7 @@ void waiter_clear(struct waiter *waiter)
 PyObject *waiter_add_callback(struct waiter *waiter, PyObject *const *args, Py_ssize_t count, PyObject *names)
 {
     if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || waiter->callback || !waiter->loop) {
-        PyErr_SetString(PyExc_TypeError, "a launch is awaited by one task, and by nobody else");
+        PyErr_SetString(PyExc_TypeError, "this is awaited by one task, and by nobody else");
         return NULL;
     }
     waiter->callback = Py_NewRef(args[0]);
