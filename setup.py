@@ -9,8 +9,9 @@ from sysconfig import get_platform
 
 from setuptools import Extension, setup
 
-SOURCES = ("_core", "_oneshot", "_waiter", "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
-HEADERS = ("_oneshot", "_waiter", "hub", "idmap", "launch", "probe", "spawn", "sys")
+BINDING = ("_core", "_launchobject", "_oneshot", "_waiter")
+SOURCES = (*BINDING, "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
+HEADERS = (*BINDING[1:], "hub", "idmap", "launch", "probe", "spawn", "sys")
 
 core = Extension(
     "aiovspawn._core",

@@ -1,62 +1,28 @@
-/* The Python face of launch.c and hub.c: types Hub and Launch.
+/* The Python face of launch.c and hub.c: the module and its type Hub.
  *
  * Converts arguments, copies them into the launch's block, and turns -errno into
  * OSError. It never clones and never touches a file descriptor itself. Nothing
  * the child reads belongs to Python: every string is copied.
  *
- * A Hub holds no Python object; of a Launch the task refers to it that waits for it. A
- * Launch is known to its hub by its number, which events carry.
+ * A Hub holds no Python object: a Launch (_launchobject.c) is known to it by its number,
+ * which events carry.
  */
-#include "_oneshot.h"
+#include "_launchobject.h"
 #include "_waiter.h"
 
 #include "hub.h"
-#include "launch.h"
 #include "probe.h"
 
 #include <errno.h>
 #include <limits.h>
 #include <stdatomic.h>
-#include <stddef.h>
 #include <string.h>
-#include <structmember.h>
 #include <sys/auxv.h>
-
-typedef struct {
-    PyTypeObject *hub_type;
-    PyTypeObject *launch_type;
-    PyTypeObject *waiter_type;
-    PyObject *extend; /* the name of deque's method */
-} core_state;
 
 typedef struct {
     PyObject_HEAD
     struct hub *hub; /* NULL only if it could not be made */
 } HubObject;
-
-typedef struct {
-    PyObject_HEAD
-    struct launch *launch; /* NULL only if there was none to be had */
-    uint64_t id;
-    pid_t pid;
-    bool contended;
-    enum spawn_rung rung;
-    struct one_shot one_shot; /* used where run_process() launches */
-    struct waiter waiter;     /* used where it awaits the launch itself */
-} LaunchObject;
-
-static PyModuleDef core_module;
-
-static core_state *state_of(PyTypeObject *type)
-{
-    return PyModule_GetState(PyType_GetModuleByDef(type, &core_module));
-}
-
-static PyObject *raise_errno(int negative)
-{
-    errno = -negative;
-    return PyErr_SetFromErrno(PyExc_OSError);
-}
 
 /* ---- arguments into a block -------------------------------------------------- */
 
@@ -326,19 +292,6 @@ static struct block *make_block(const struct launch_arguments *args)
 
 /* ---- the ladder ---------------------------------------------------------------- */
 
-static const char *const rung_names[SPAWN_RUNGS] = {
-    [SPAWN_DETACHED_CLONE3] = "detached-clone3",
-    [SPAWN_DETACHED_CLONE] = "detached-clone",
-    [SPAWN_VFORK] = "vfork",
-    [SPAWN_FORK] = "fork",
-};
-
-/* SPAWN_RUNGS stands for a child that subprocess.Popen made. */
-static const char *rung_name(int rung)
-{
-    return rung == SPAWN_RUNGS ? "popen" : rung_names[rung];
-}
-
 /* What the process has found out: the first rung that was not refused, and
  * whether the user has forced one. */
 static atomic_int rung_in_use = -1; /* before the first launch */
@@ -420,7 +373,7 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
 
 static PyObject *core_rung(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return PyUnicode_FromString(rung_names[current_rung()]);
+    return PyUnicode_FromString(launch_rung_name(current_rung()));
 }
 
 static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
@@ -434,428 +387,13 @@ static PyObject *core_force_rung(PyObject *Py_UNUSED(module), PyObject *name)
     if (!wanted)
         return NULL;
     for (int rung = 0; rung < SPAWN_RUNGS; rung++)
-        if (strcmp(wanted, rung_names[rung]) == 0) {
+        if (strcmp(wanted, launch_rung_name(rung)) == 0) {
             atomic_store(&rung_in_use, rung);
             atomic_store(&rung_forced, true);
             Py_RETURN_NONE;
         }
     return PyErr_Format(PyExc_ValueError, "no such rung: %R", name);
 }
-
-/* ---- Launch ---------------------------------------------------------------------- */
-
-/* Made before there is a child, so that nothing can fail after. */
-static LaunchObject *new_launch_object(HubObject *hub, Py_ssize_t limit)
-{
-    core_state *state = state_of(Py_TYPE(hub));
-    LaunchObject *self = PyObject_GC_New(LaunchObject, state->launch_type);
-    if (self) {
-        self->launch = NULL;
-        self->one_shot = (struct one_shot){.limit = limit};
-        self->waiter = (struct waiter){0};
-        PyObject_GC_Track(self);
-    }
-    return self;
-}
-
-static PyObject *fill_launch_object(LaunchObject *self, struct launch *launch, enum spawn_rung rung)
-{
-    self->launch = launch;
-    self->id = launch->id;
-    self->pid = launch->pid;
-    self->contended = launch->contended;
-    self->rung = rung;
-    if (launch->one_shot)
-        oneshot_begin(&self->one_shot, launch);
-    return (PyObject *)self;
-}
-
-/* Also called by close() of a coroutine that awaits the launch. */
-static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    launch_close(self->launch);
-    oneshot_release_input(&self->one_shot);
-    Py_RETURN_NONE;
-}
-
-static void Launch_dealloc(LaunchObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    if (self->launch)
-        launch_free(self->launch);
-    oneshot_clear(&self->one_shot);
-    waiter_clear(&self->waiter);
-    PyObject_GC_Del(self);
-    Py_DECREF(type);
-}
-
-static int Launch_traverse(LaunchObject *self, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(self));
-    return waiter_traverse(&self->waiter, visit, arg);
-}
-
-static int Launch_clear(LaunchObject *self)
-{
-    waiter_clear(&self->waiter);
-    return 0;
-}
-
-static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    int returncode;
-    if (!launch_poll(self->launch, &returncode))
-        Py_RETURN_NONE;
-    return PyLong_FromLong(returncode);
-}
-
-static PyObject *signal_with(LaunchObject *self, PyObject *argument, int (*send)(struct launch *, int))
-{
-    long sig = PyLong_AsLong(argument);
-    if (sig == -1 && PyErr_Occurred())
-        return NULL;
-    if (sig != (int)sig) {
-        PyErr_SetString(PyExc_OverflowError, "Python int too large to convert to C int");
-        return NULL;
-    }
-    int result = send(self->launch, (int)sig);
-    if (result < 0)
-        return raise_errno(result);
-    Py_RETURN_NONE;
-}
-
-static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
-{
-    return signal_with(self, argument, launch_signal);
-}
-
-static PyObject *Launch_signal_group(LaunchObject *self, PyObject *argument)
-{
-    return signal_with(self, argument, launch_signal_group);
-}
-
-/* kill_cgroup() -> whether the child was the first in a cgroup, and all in there has been killed. */
-static PyObject *Launch_kill_cgroup(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    int result;
-    Py_BEGIN_ALLOW_THREADS
-    result = launch_kill_cgroup(self->launch);
-    Py_END_ALLOW_THREADS
-    return PyBool_FromLong(result == 0);
-}
-
-/* resize(rows, columns) */
-static PyObject *Launch_resize(LaunchObject *self, PyObject *args)
-{
-    int rows, columns;
-    if (!PyArg_ParseTuple(args, "ii:resize", &rows, &columns))
-        return NULL;
-    if (rows < 0 || rows > USHRT_MAX || columns < 0 || columns > USHRT_MAX) {
-        PyErr_SetString(PyExc_OverflowError, "rows and columns must be 0 to 65535");
-        return NULL;
-    }
-    int result = launch_resize(self->launch, (unsigned short)rows, (unsigned short)columns);
-    if (result < 0)
-        return raise_errno(result);
-    Py_RETURN_NONE;
-}
-
-static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *argument)
-{
-    int keep = PyObject_IsTrue(argument);
-    if (keep < 0)
-        return NULL;
-    launch_keep_pidfd(self->launch, keep);
-    Py_RETURN_NONE;
-}
-
-static PyObject *Launch_write(LaunchObject *self, PyObject *argument)
-{
-    Py_buffer data;
-    if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE) < 0)
-        return NULL;
-    ssize_t written = launch_write(self->launch, data.buf, (size_t)data.len);
-    PyBuffer_Release(&data);
-    if (written == -EAGAIN || written == -EINTR)
-        written = 0;
-    return written < 0 ? raise_errno((int)written) : PyLong_FromSsize_t(written);
-}
-
-static int parse_pipe(long fd)
-{
-    if (fd >= LAUNCH_STDIN && fd <= LAUNCH_STDERR)
-        return 0;
-    PyErr_SetString(PyExc_ValueError, "fd must be 0, 1 or 2");
-    return -1;
-}
-
-static PyObject *Launch_watch(LaunchObject *self, PyObject *args)
-{
-    int fd, watch;
-    if (!PyArg_ParseTuple(args, "ip:watch", &fd, &watch) || parse_pipe(fd) < 0)
-        return NULL;
-    int result = launch_watch(self->launch, (enum launch_slot)fd, watch);
-    if (result < 0)
-        return raise_errno(result);
-    Py_RETURN_NONE;
-}
-
-static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
-{
-    long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
-        return NULL;
-    launch_close_pipe(self->launch, (enum launch_slot)fd);
-    Py_RETURN_NONE;
-}
-
-static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
-{
-    long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
-        return NULL;
-    return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
-}
-
-/* kept() -> fds of what the child should have inherited, -1 where there is none; see launch_kept(). */
-static PyObject *Launch_kept(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    int fds[3];
-    launch_kept(self->launch, fds);
-    return Py_BuildValue("(iii)", fds[0], fds[1], fds[2]);
-}
-
-/* feed(input): a bytes-like object that is written to stdin, which is then closed; None for none. */
-static PyObject *Launch_feed(LaunchObject *self, PyObject *input)
-{
-    int result = oneshot_feed(&self->one_shot, self->launch, input == Py_None ? NULL : input);
-    if (result < 0)
-        return PyErr_Occurred() ? NULL : raise_errno(result);
-    Py_RETURN_NONE;
-}
-
-/* output(1 or 2): what has been read so far, None without a pipe. Nothing may be read after. */
-static PyObject *Launch_output(LaunchObject *self, PyObject *argument)
-{
-    long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
-        return NULL;
-    return oneshot_output(&self->one_shot, fd == LAUNCH_STDERR ? 2 : 1);
-}
-
-/* exceeded(): whether one of the outputs was longer than the limit. */
-static PyObject *Launch_exceeded(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    return PyBool_FromLong(self->one_shot.captures[0].exceeded || self->one_shot.captures[1].exceeded);
-}
-
-/* rusage() -> struct rusage as it is; see _process.py. */
-static PyObject *Launch_rusage(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    struct rusage usage;
-    if (!launch_usage(self->launch, &usage))
-        Py_RETURN_NONE;
-    return PyBytes_FromStringAndSize((const char *)&usage, sizeof usage);
-}
-
-static PyObject *Launch_get_id(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(self->id);
-}
-
-static PyObject *Launch_get_pid(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromLong(self->pid);
-}
-
-static PyObject *Launch_get_pidfd(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromLong(launch_fd(self->launch, LAUNCH_PIDFD));
-}
-
-static PyObject *Launch_get_contended(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(self->contended);
-}
-
-static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(self->launch->status_lost);
-}
-
-static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
-{
-    return PyUnicode_FromString(rung_name(self->rung));
-}
-
-/* ---- Launch, as what a task waits for: _waiter.h --------------------------------- */
-
-/* wait_in(loop): the launch, a one-shot, may be awaited by a task of this loop. */
-static PyObject *Launch_wait_in(LaunchObject *self, PyObject *loop)
-{
-    Py_XSETREF(self->waiter.loop, Py_NewRef(loop));
-    return Py_NewRef(self);
-}
-
-static PyObject *Launch_get_loop(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    return Py_NewRef(self->waiter.loop ? self->waiter.loop : Py_None);
-}
-
-static PyObject *Launch_await(LaunchObject *self)
-{
-    if (self->waiter.loop)
-        return Py_NewRef(self);
-    PyErr_SetString(PyExc_TypeError, "this launch is not to be awaited");
-    return NULL;
-}
-
-static PyObject *Launch_next(LaunchObject *self)
-{
-    return waiter_next(&self->waiter, (PyObject *)self);
-}
-
-static PyObject *Launch_add_done_callback(LaunchObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
-{
-    return waiter_add_callback(&self->waiter, args, count, names);
-}
-
-static PyObject *Launch_cancel(LaunchObject *self, PyObject *args, PyObject *kwargs)
-{
-    return waiter_cancel_method(&self->waiter, (PyObject *)self, args, kwargs);
-}
-
-static PyObject *Launch_result(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    return waiter_result(&self->waiter);
-}
-
-/* on_event(kind, value): an event of the hub. At the end the launch is closed; what else may
- * come is kept for who takes over, but the exec, which says nothing. */
-static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "on_event() takes 2 arguments (%zd given)", count);
-    long kind = PyLong_AsLong(args[0]);
-    if (kind == -1 && PyErr_Occurred())
-        return NULL;
-    if (kind == HUB_EXECED)
-        Py_RETURN_NONE;
-    if (kind == ONESHOT_FINISHED && !self->waiter.news) {
-        launch_close(self->launch);
-        oneshot_release_input(&self->one_shot);
-        self->waiter.finished = true;
-    } else if (waiter_add_news(&self->waiter, args[0], args[1]) < 0) {
-        return NULL;
-    }
-    return waiter_wake(&self->waiter, (PyObject *)self);
-}
-
-/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: it is to be taken over. */
-static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    if (!self->waiter.finished)
-        Py_RETURN_NONE;
-    PyObject *outcome = PyTuple_New(5);
-    PyObject *items[] = {
-        PyLong_FromLong(self->one_shot.returncode),
-        PyLong_FromLong(self->pid),
-        oneshot_output(&self->one_shot, 1),
-        oneshot_output(&self->one_shot, 2),
-        Launch_rusage(self, NULL),
-    };
-    bool complete = outcome != NULL;
-    for (int i = 0; i < 5; i++) {
-        complete = complete && items[i];
-        if (outcome)
-            PyTuple_SET_ITEM(outcome, i, items[i]);
-        else
-            Py_XDECREF(items[i]);
-    }
-    if (!complete)
-        Py_CLEAR(outcome);
-    return outcome;
-}
-
-/* take_over() -> [(kind, value), ...]: what has come so far. The launch is not awaited any more. */
-static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    struct waiter *waiter = &self->waiter;
-    PyObject *news = waiter->news ? Py_NewRef(waiter->news) : PyList_New(0);
-    if (news && waiter->finished) {
-        PyObject *end = Py_BuildValue("(ii)", (int)ONESHOT_FINISHED, self->one_shot.returncode);
-        if (!end || PyList_Append(news, end) < 0)
-            Py_CLEAR(news);
-        Py_XDECREF(end);
-    }
-    if (news)
-        waiter_clear(waiter);
-    return news;
-}
-
-static PyMethodDef Launch_methods[] = {
-    {"close", (PyCFunction)Launch_close, METH_NOARGS, NULL},
-    {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
-    {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
-    {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
-    {"kill_cgroup", (PyCFunction)Launch_kill_cgroup, METH_NOARGS, NULL},
-    {"resize", (PyCFunction)Launch_resize, METH_VARARGS, NULL},
-    {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
-    {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
-    {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
-    {"output", (PyCFunction)Launch_output, METH_O, NULL},
-    {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},
-    {"write", (PyCFunction)Launch_write, METH_O, NULL},
-    {"watch", (PyCFunction)Launch_watch, METH_VARARGS, NULL},
-    {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
-    {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
-    {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
-    {"wait_in", (PyCFunction)Launch_wait_in, METH_O, NULL},
-    {"get_loop", (PyCFunction)Launch_get_loop, METH_NOARGS, NULL},
-    {"add_done_callback", (PyCFunction)(void (*)(void))Launch_add_done_callback, METH_FASTCALL | METH_KEYWORDS, NULL},
-    {"cancel", (PyCFunction)(void (*)(void))Launch_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
-    {"result", (PyCFunction)Launch_result, METH_NOARGS, NULL},
-    {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
-    {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
-    {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static PyGetSetDef Launch_getset[] = {
-    {"id", (getter)Launch_get_id, NULL, NULL, NULL},
-    {"pid", (getter)Launch_get_pid, NULL, NULL, NULL},
-    {"pidfd", (getter)Launch_get_pidfd, NULL, NULL, NULL},
-    {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
-    {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
-    {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
-
-static PyMemberDef Launch_members[] = {
-    {"_asyncio_future_blocking", T_BOOL, offsetof(LaunchObject, waiter) + offsetof(struct waiter, blocking), 0, NULL},
-    {NULL, 0, 0, 0, NULL},
-};
-
-static PyType_Slot Launch_slots[] = {
-    {Py_tp_doc, (void *)"A child process and the parent's ends of its pipes."},
-    {Py_tp_dealloc, (void *)Launch_dealloc},
-    {Py_tp_traverse, (void *)Launch_traverse},
-    {Py_tp_clear, (void *)Launch_clear},
-    {Py_am_await, (void *)Launch_await},
-    {Py_tp_iternext, (void *)Launch_next},
-    {Py_tp_members, (void *)Launch_members},
-    {Py_tp_methods, Launch_methods},
-    {Py_tp_getset, Launch_getset},
-    {0, NULL},
-};
-
-static PyType_Spec Launch_spec = {
-    .name = "aiovspawn._core.Launch",
-    .basicsize = sizeof(LaunchObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = Launch_slots,
-};
 
 /* ---- Hub -------------------------------------------------------------------------- */
 
@@ -869,7 +407,7 @@ static PyObject *Hub_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     int result = self ? hub_new(&self->hub) : 0;
     if (result < 0) {
         Py_DECREF(self);
-        return raise_errno(result);
+        return core_raise_errno(result);
     }
     return (PyObject *)self;
 }
@@ -913,14 +451,14 @@ static PyObject *launch_with(HubObject *self, const struct launch_arguments *arg
     struct block *block = make_block(args);
     if (!block)
         return NULL;
-    LaunchObject *object = new_launch_object(self, args->limit);
+    LaunchObject *object = launch_object_new(Py_TYPE(self), args->limit);
     struct launch_options options = {
         .may_share_fds = args->may_share,
         .one_shot = object && args->one_shot ? &object->one_shot : NULL,
     };
     int result = object ? start_on_ladder(self->hub, &block, &options, &launch, &op) : 0;
     if (object && result == 0)
-        return fill_launch_object(object, launch, options.rung);
+        return launch_object_fill(object, launch, options.rung);
     if (block)
         block_free(block);
     Py_XDECREF(object);
@@ -1014,14 +552,14 @@ static PyObject *Hub_adopt(HubObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "i(iii)O:adopt", &pid, &ends[0], &ends[1], &ends[2], &limit) ||
         !parse_limit(limit, &one_shot, &bytes))
         return NULL;
-    LaunchObject *object = new_launch_object(self, bytes);
+    LaunchObject *object = launch_object_new(Py_TYPE(self), bytes);
     if (!object)
         return NULL;
     int result = launch_adopt(self->hub, pid, ends, one_shot ? &object->one_shot : NULL, &launch);
     if (result == 0)
-        return fill_launch_object(object, launch, SPAWN_RUNGS);
+        return launch_object_fill(object, launch, SPAWN_RUNGS);
     Py_DECREF(object);
-    return raise_errno(result);
+    return core_raise_errno(result);
 }
 
 static PyObject *event_value(const struct hub_event *event)
@@ -1092,11 +630,11 @@ static int settle(struct hub *hub, int count)
 static PyObject *extend_queue(HubObject *self, PyObject *queue, int count)
 {
     if (count < 0)
-        return raise_errno(count);
+        return core_raise_errno(count);
     count = settle(self->hub, count);
     PyObject *list = event_list(self->hub, count);
     hub_done(self->hub);
-    PyObject *result = list ? PyObject_CallMethodOneArg(queue, state_of(Py_TYPE(self))->extend, list) : NULL;
+    PyObject *result = list ? PyObject_CallMethodOneArg(queue, ((core_state *)PyType_GetModuleState(Py_TYPE(self)))->extend, list) : NULL;
     Py_XDECREF(list);
     return result;
 }
@@ -1187,7 +725,7 @@ static PyObject *rung_counts(const struct launch_counts *counts)
     for (int rung = 0; result && rung <= SPAWN_RUNGS; rung++) {
         size_t count = rung == SPAWN_RUNGS ? counts->adopted : counts->cloned[rung];
         PyObject *value = PyLong_FromSize_t(count);
-        if (!value || PyDict_SetItemString(result, rung_name(rung), value) < 0)
+        if (!value || PyDict_SetItemString(result, launch_rung_name(rung), value) < 0)
             Py_CLEAR(result);
         Py_XDECREF(value);
     }
@@ -1283,10 +821,10 @@ static int core_exec(PyObject *module)
     int result = launch_init();
     find_first_environ();
     if (result < 0) {
-        raise_errno(result);
+        core_raise_errno(result);
         return -1;
     }
-    state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Launch_spec, NULL);
+    state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
     state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Generator
-from contextvars import Context
 from subprocess import PIPE
 from typing import Any
 
@@ -36,8 +35,8 @@ class OneShot(Attempts):
     To be awaited by one task: until the process has exited and been reaped, and its
     output has been read or given up. That raises if there never was a process.
 
-    It is to the task what a future would be (asyncio.isfuture()), but the end of the
-    process wakes the task from the hub's own callback, with no further turn of the loop.
+    The end of the process wakes the task from the hub's own callback, with no further turn
+    of the loop.
     """
 
     over = False
@@ -50,16 +49,11 @@ class OneShot(Attempts):
     _killed = False
     _killed_now = False
     _in_grace = False
-    _undoing = False
     _cancelled_in_turn = False
     """So lately that one more may be one and the same cancellation."""
     _turns_left = 0
     _held = False
     _timers: dict[str, asyncio.TimerHandle] | None = None
-    _error: Exception | None = None
-    _waiter: Callable[[OneShot], object] | None = None
-    _cancelled: asyncio.CancelledError | None = None
-    _asyncio_future_blocking = False
 
     def __init__(
         self,
@@ -74,6 +68,7 @@ class OneShot(Attempts):
         super().__init__(hub, loop, request, limits.output)
         self._input = input
         self._limits = limits
+        self._waiter = _core.Waiter(loop)
         if launch is None:
             self._attempt()
         else:
@@ -82,45 +77,8 @@ class OneShot(Attempts):
             for kind, value in launch.take_over():
                 self.on_event(kind, value)
 
-    # ---- the task that waits: what asyncio.Task asks of a future -----------------------
-
-    def __await__(self) -> Generator[OneShot, None, None]:
-        if self.over:
-            self.result()
-        else:
-            self._asyncio_future_blocking = True
-            yield self  # the task raises what result() does
-
-    def add_done_callback(self, waiter: Callable[[OneShot], object], *, context: Context) -> None:
-        """Have the task's wakeup called at the end."""
-        self._waiter = waiter
-        self._context = context
-
-    def cancel(self, msg: Any = None) -> bool:
-        """Wake the task with CancelledError; the process is its business. False: it is being woken."""
-        if self._waiter is None:
-            return False
-        if self._undoing:
-            self._cancel_again()
-            return True
-        self._cancelled = asyncio.CancelledError() if msg is None else asyncio.CancelledError(msg)
-        self._wake_soon()
-        return True
-
-    def result(self) -> None:
-        """Raise what the task is to have raised, once: who keeps it must not keep us, nor it itself."""
-        exc = self._cancelled or self._error
-        self._cancelled = self._error = None
-        try:
-            if exc is not None:
-                raise exc
-        finally:
-            del exc
-
-    def _wake_soon(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None:
-            self._loop.call_soon(waiter, self, context=self._context)
+    def __await__(self) -> Generator[Any]:
+        return self._waiter.__await__()
 
     # ---- the launch ----------------------------------------------------------------
 
@@ -140,8 +98,7 @@ class OneShot(Attempts):
     def _attempt_failed(self, exc: Exception) -> None:
         if not self.over:
             self._close()
-        self._error = exc
-        self._wake_soon()
+        self._waiter.finish(False, exc)
 
     # ---- events of the hub -----------------------------------------------------------
 
@@ -150,9 +107,7 @@ class OneShot(Attempts):
         if kind == FINISHED and not self._in_grace:
             self.returncode = value
             self._close()
-            waiter, self._waiter = self._waiter, None
-            if waiter is not None:
-                self._context.run(waiter, self)
+            self._waiter.finish(True, None)
         elif kind == FINISHED:
             self._exited(value, False)
         elif kind == EXITED:
@@ -277,8 +232,7 @@ class OneShot(Attempts):
         if self.over:
             return
         self._close()
-        self._error = exc
-        self._wake_soon()
+        self._waiter.finish(False, exc)
 
     def _close(self) -> None:
         self.over = True
@@ -294,7 +248,6 @@ class OneShot(Attempts):
 
     async def undo(self) -> None:
         """Kill the process and wait until it has been reaped, whoever cancels that."""
-        self._undoing = True
         self._note_cancellation()
         self.kill()
         while not self.over:
@@ -360,12 +313,12 @@ def request_one_shot(
 
 
 def launch_quickly(hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request) -> _core.Launch:
-    """Launch what has no input and no limits, for a task of this loop to await.
+    """Launch what has no input and no limits, with no OneShot to look after it.
 
-    It has exited, and its output is read, when its outcome() is not None; what else has come
-    then, or an exception, is for a OneShot that takes the launch over.
+    What its waiter(loop, FINISHED) tells may be a failure, and whoever awaits that may be
+    cancelled: then a OneShot takes the launch over.
     """
-    started = launch(hub, request, request.stdio, True, DEFAULT.output).wait_in(loop)
+    started = launch(hub, request, request.stdio, True, DEFAULT.output)
     hub.transports[started.id] = started
     if not hub.sweeping:
         hub.await_verdict()

@@ -160,7 +160,7 @@ async def run_process(
         input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
         try:
             if launch is not None:
-                await launch
+                await launch.waiter(loop, one_shot.FINISHED)
                 outcome = launch.outcome()
             if outcome is None:
                 ended = ended or one_shot.OneShot(hub, loop, request, None, limits, launch)

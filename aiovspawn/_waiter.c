@@ -4,45 +4,82 @@
 #include <stddef.h>
 #include <structmember.h>
 
-int waiter_traverse(const struct waiter *waiter, visitproc visit, void *arg)
+typedef struct {
+    PyObject_HEAD
+    PyObject *loop;               /* NULL when the task is being woken at once */
+    PyObject *callback, *context; /* the waiting task's; NULL before it waits and when it is being woken */
+    PyObject *message;            /* of the cancellation */
+    PyObject *error;              /* what the task is to raise, or NULL */
+    int stage;                    /* of a launch, that it waits for */
+    char blocking;                /* _asyncio_future_blocking */
+    bool cancelled, finished;
+} Waiter;
+
+PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage)
 {
-    Py_VISIT(waiter->loop);
-    Py_VISIT(waiter->callback);
-    Py_VISIT(waiter->context);
-    Py_VISIT(waiter->news);
-    Py_VISIT(waiter->message);
-    Py_VISIT(waiter->error);
+    Waiter *self = (Waiter *)type->tp_alloc(type, 0);
+    if (self) {
+        self->loop = Py_NewRef(loop);
+        self->stage = stage;
+    }
+    return (PyObject *)self;
+}
+
+int waiter_stage(PyObject *self)
+{
+    return ((Waiter *)self)->stage;
+}
+
+/* Waiter(loop) */
+static PyObject *Waiter_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    PyObject *loop;
+    if ((kwargs && PyDict_GET_SIZE(kwargs)) || !PyArg_ParseTuple(args, "O:Waiter", &loop)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "Waiter() takes no keyword arguments");
+        return NULL;
+    }
+    return waiter_new(type, loop, 0);
+}
+
+static int Waiter_traverse(Waiter *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->loop);
+    Py_VISIT(self->callback);
+    Py_VISIT(self->context);
+    Py_VISIT(self->message);
+    Py_VISIT(self->error);
     return 0;
 }
 
 /* The loop last: who has a callback has a loop to call it. */
-void waiter_clear(struct waiter *waiter)
+static int Waiter_clear(Waiter *self)
 {
-    Py_CLEAR(waiter->callback);
-    Py_CLEAR(waiter->context);
-    Py_CLEAR(waiter->loop);
-    Py_CLEAR(waiter->news);
-    Py_CLEAR(waiter->message);
-    Py_CLEAR(waiter->error);
+    Py_CLEAR(self->callback);
+    Py_CLEAR(self->context);
+    Py_CLEAR(self->loop);
+    Py_CLEAR(self->message);
+    Py_CLEAR(self->error);
+    return 0;
 }
 
-/* add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
-PyObject *waiter_add_callback(struct waiter *waiter, PyObject *const *args, Py_ssize_t count, PyObject *names)
+static void Waiter_dealloc(Waiter *self)
 {
-    if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || waiter->callback || !waiter->loop) {
-        PyErr_SetString(PyExc_TypeError, "this is awaited by one task, and by nobody else");
-        return NULL;
-    }
-    waiter->callback = Py_NewRef(args[0]);
-    Py_XSETREF(waiter->context, Py_NewRef(args[1]));
-    Py_RETURN_NONE;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    (void)Waiter_clear(self);
+    type->tp_free(self);
+    Py_DECREF(type);
 }
 
-static int wake_soon(struct waiter *waiter, PyObject *self)
+/* ---- waking ------------------------------------------------------------------------- */
+
+static int wake_soon(Waiter *self)
 {
-    PyObject *call_soon = PyObject_GetAttrString(waiter->loop, "call_soon");
-    PyObject *args = call_soon ? PyTuple_Pack(2, waiter->callback, self) : NULL;
-    PyObject *keywords = args ? Py_BuildValue("{sO}", "context", waiter->context) : NULL;
+    PyObject *call_soon = PyObject_GetAttrString(self->loop, "call_soon");
+    PyObject *args = call_soon ? PyTuple_Pack(2, self->callback, (PyObject *)self) : NULL;
+    PyObject *keywords = args ? Py_BuildValue("{sO}", "context", self->context) : NULL;
     PyObject *handle = keywords ? PyObject_Call(call_soon, args, keywords) : NULL;
     Py_XDECREF(call_soon);
     Py_XDECREF(args);
@@ -50,25 +87,23 @@ static int wake_soon(struct waiter *waiter, PyObject *self)
     if (!handle)
         return -1;
     Py_DECREF(handle);
-    Py_CLEAR(waiter->callback);
-    Py_CLEAR(waiter->context);
+    Py_CLEAR(self->callback);
+    Py_CLEAR(self->context);
     return 0;
 }
 
 /* Calls the task's wakeup, which runs the task at once; in the next turn of the loop where its
  * context cannot be entered. */
-PyObject *waiter_wake(struct waiter *waiter, PyObject *self)
+static PyObject *wake(Waiter *self)
 {
-    PyObject *callback = waiter->callback, *context = waiter->context;
-    if (!callback)
-        Py_RETURN_NONE;
+    PyObject *callback = self->callback, *context = self->context;
     if (PyContext_Enter(context) < 0) {
         PyErr_Clear();
-        return wake_soon(waiter, self) < 0 ? NULL : Py_NewRef(Py_None);
+        return wake_soon(self) < 0 ? NULL : Py_NewRef(Py_None);
     }
-    waiter->callback = waiter->context = NULL;
-    Py_CLEAR(waiter->loop);
-    PyObject *result = PyObject_CallOneArg(callback, self);
+    self->callback = self->context = NULL;
+    Py_CLEAR(self->loop);
+    PyObject *result = PyObject_CallOneArg(callback, (PyObject *)self);
     if (PyContext_Exit(context) < 0)
         Py_CLEAR(result);
     Py_DECREF(callback);
@@ -76,15 +111,54 @@ PyObject *waiter_wake(struct waiter *waiter, PyObject *self)
     return result;
 }
 
-/* cancel(message): wakes the task with CancelledError; False: it is being woken. */
-PyObject *waiter_cancel(struct waiter *waiter, PyObject *self, PyObject *message)
+/* The task goes on, and raises the error if there is one. At once: only where no task is
+ * running, which is a task of this loop too. */
+PyObject *waiter_finish(PyObject *object, bool at_once, PyObject *error)
 {
-    if (!waiter->callback)
-        Py_RETURN_FALSE;
-    if (wake_soon(waiter, self) < 0)
+    Waiter *self = (Waiter *)object;
+    if (self->finished)
+        Py_RETURN_NONE;
+    self->finished = true;
+    if (error)
+        Py_XSETREF(self->error, Py_NewRef(error));
+    if (self->callback && at_once)
+        return wake(self);
+    if (self->callback && wake_soon(self) < 0)
         return NULL;
-    waiter->cancelled = true;
-    Py_XSETREF(waiter->message, Py_NewRef(message));
+    Py_RETURN_NONE;
+}
+
+/* finish(at_once, error): error may be None. */
+static PyObject *Waiter_finish(Waiter *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "finish() takes 2 arguments (%zd given)", count);
+    int at_once = PyObject_IsTrue(args[0]);
+    if (at_once < 0)
+        return NULL;
+    return waiter_finish((PyObject *)self, at_once, args[1] == Py_None ? NULL : args[1]);
+}
+
+static PyObject *Waiter_done(Waiter *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(self->finished);
+}
+
+/* ---- what a task asks of it ------------------------------------------------------------ */
+
+/* cancel(msg=None): wakes the task with CancelledError; False: it is being woken. */
+static PyObject *Waiter_cancel(Waiter *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"msg", NULL};
+    PyObject *message = Py_None;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", names, &message))
+        return NULL;
+    if (!self->callback)
+        Py_RETURN_FALSE;
+    if (wake_soon(self) < 0)
+        return NULL;
+    self->cancelled = true;
+    Py_XSETREF(self->message, Py_NewRef(message));
     Py_RETURN_TRUE;
 }
 
@@ -103,160 +177,66 @@ static void raise_cancelled(PyObject *message)
 }
 
 /* result(): raises the cancellation or the error, once. */
-PyObject *waiter_result(struct waiter *waiter)
+static PyObject *Waiter_result(Waiter *self, PyObject *Py_UNUSED(unused))
 {
-    PyObject *message = waiter->message, *error = waiter->error;
-    waiter->message = waiter->error = NULL;
-    if (waiter->cancelled)
+    PyObject *message = self->message, *error = self->error;
+    bool cancelled = self->cancelled;
+    self->cancelled = false;
+    self->message = NULL;
+    if (cancelled) {
         raise_cancelled(message);
-    else if (error)
+    } else if (error) {
+        self->error = NULL;
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
-    waiter->cancelled = false;
+        Py_DECREF(error);
+    }
     Py_XDECREF(message);
-    Py_XDECREF(error);
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* Of the await: what waits itself, once, unless something has come already. */
-PyObject *waiter_next(struct waiter *waiter, PyObject *self)
+static PyObject *Waiter_await(PyObject *self)
 {
-    if (waiter->finished || waiter->news || waiter->context)
-        return waiter->error ? waiter_result(waiter) : NULL;
-    waiter->blocking = 1;
     return Py_NewRef(self);
 }
 
-int waiter_add_news(struct waiter *waiter, PyObject *kind, PyObject *value)
+/* Of the await: what waits itself, once, unless it is finished already. */
+static PyObject *Waiter_next(Waiter *self)
 {
-    if (!waiter->news)
-        waiter->news = PyList_New(0);
-    PyObject *event = waiter->news ? PyTuple_Pack(2, kind, value) : NULL;
-    int result = event ? PyList_Append(waiter->news, event) : -1;
-    Py_XDECREF(event);
-    return result;
+    if (self->finished || self->context)
+        return self->error ? Waiter_result(self, NULL) : NULL;
+    self->blocking = 1;
+    return Py_NewRef(self);
 }
 
-/* ---- the type Waiter ---------------------------------------------------------------- */
-
-typedef struct {
-    PyObject_HEAD
-    struct waiter waiter;
-} WaiterObject;
-
-/* Waiter(loop) */
-static PyObject *Waiter_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *Waiter_get_loop(Waiter *self, PyObject *Py_UNUSED(unused))
 {
-    PyObject *loop;
-    if ((kwargs && PyDict_GET_SIZE(kwargs)) || !PyArg_ParseTuple(args, "O:Waiter", &loop)) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "Waiter() takes no keyword arguments");
+    return Py_NewRef(self->loop ? self->loop : Py_None);
+}
+
+/* add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
+static PyObject *Waiter_add_done_callback(Waiter *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+{
+    if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || self->callback || !self->loop) {
+        PyErr_SetString(PyExc_TypeError, "this is awaited by one task, and by nobody else");
         return NULL;
     }
-    WaiterObject *self = (WaiterObject *)type->tp_alloc(type, 0);
-    if (self)
-        self->waiter.loop = Py_NewRef(loop);
-    return (PyObject *)self;
-}
-
-static int Waiter_traverse(WaiterObject *self, visitproc visit, void *arg)
-{
-    Py_VISIT(Py_TYPE(self));
-    return waiter_traverse(&self->waiter, visit, arg);
-}
-
-static int Waiter_clear(WaiterObject *self)
-{
-    waiter_clear(&self->waiter);
-    return 0;
-}
-
-static void Waiter_dealloc(WaiterObject *self)
-{
-    PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    waiter_clear(&self->waiter);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyObject *Waiter_await(WaiterObject *self)
-{
-    return Py_NewRef(self);
-}
-
-static PyObject *Waiter_next(WaiterObject *self)
-{
-    return waiter_next(&self->waiter, (PyObject *)self);
-}
-
-static PyObject *Waiter_get_loop(WaiterObject *self, PyObject *Py_UNUSED(unused))
-{
-    return Py_NewRef(self->waiter.loop ? self->waiter.loop : Py_None);
-}
-
-static PyObject *Waiter_add_done_callback(WaiterObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
-{
-    return waiter_add_callback(&self->waiter, args, count, names);
-}
-
-PyObject *waiter_cancel_method(struct waiter *waiter, PyObject *self, PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"msg", NULL};
-    PyObject *message = Py_None;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|O:cancel", names, &message))
-        return NULL;
-    return waiter_cancel(waiter, self, message);
-}
-
-static PyObject *Waiter_cancel(WaiterObject *self, PyObject *args, PyObject *kwargs)
-{
-    return waiter_cancel_method(&self->waiter, (PyObject *)self, args, kwargs);
-}
-
-static PyObject *Waiter_result(WaiterObject *self, PyObject *Py_UNUSED(unused))
-{
-    return waiter_result(&self->waiter);
-}
-
-static PyObject *Waiter_done(WaiterObject *self, PyObject *Py_UNUSED(unused))
-{
-    return PyBool_FromLong(self->waiter.finished);
-}
-
-/* finish(at_once, error): the task goes on, and raises the error if that is not None. At once:
- * only where no task is running, which is a task of this loop too. */
-static PyObject *Waiter_finish(WaiterObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    struct waiter *waiter = &self->waiter;
-    int at_once = count == 2 ? PyObject_IsTrue(args[0]) : 0;
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "finish() takes 2 arguments (%zd given)", count);
-    if (at_once < 0)
-        return NULL;
-    if (waiter->finished)
-        Py_RETURN_NONE;
-    waiter->finished = true;
-    if (args[1] != Py_None)
-        Py_XSETREF(waiter->error, Py_NewRef(args[1]));
-    if (at_once)
-        return waiter_wake(waiter, (PyObject *)self);
-    if (waiter->callback && wake_soon(waiter, (PyObject *)self) < 0)
-        return NULL;
+    self->callback = Py_NewRef(args[0]);
+    Py_XSETREF(self->context, Py_NewRef(args[1]));
     Py_RETURN_NONE;
 }
 
 static PyMethodDef Waiter_methods[] = {
+    {"done", (PyCFunction)Waiter_done, METH_NOARGS, NULL},
+    {"finish", (PyCFunction)(void (*)(void))Waiter_finish, METH_FASTCALL, NULL},
     {"get_loop", (PyCFunction)Waiter_get_loop, METH_NOARGS, NULL},
     {"add_done_callback", (PyCFunction)(void (*)(void))Waiter_add_done_callback, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"cancel", (PyCFunction)(void (*)(void))Waiter_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
     {"result", (PyCFunction)Waiter_result, METH_NOARGS, NULL},
-    {"done", (PyCFunction)Waiter_done, METH_NOARGS, NULL},
-    {"finish", (PyCFunction)(void (*)(void))Waiter_finish, METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef Waiter_members[] = {
-    {"_asyncio_future_blocking", T_BOOL, offsetof(WaiterObject, waiter) + offsetof(struct waiter, blocking), 0, NULL},
+    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -275,7 +255,7 @@ static PyType_Slot Waiter_slots[] = {
 
 PyType_Spec waiter_spec = {
     .name = "aiovspawn._core.Waiter",
-    .basicsize = sizeof(WaiterObject),
+    .basicsize = sizeof(Waiter),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = Waiter_slots,
 };

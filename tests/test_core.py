@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import functools
 import gc
 import os
@@ -314,70 +315,105 @@ def feed(hub: _core.Hub) -> None:
     forgotten.feed(b"x" * 200_000)
 
 
-def await_it(child: _core.Launch, loop: Any) -> list[_core.Launch]:
-    """Do what a task does at `await child`; gives what will have been woken."""
-    woken: list[_core.Launch] = []
-    assert next(child.wait_in(loop).__await__()) is child
-    assert child.get_loop() is loop
-    assert child._asyncio_future_blocking is True
-    child._asyncio_future_blocking = False
-    child.add_done_callback(woken.append, context=contextvars.copy_context())
+def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
+    """Do what a task does at `await waiting`; gives what will have been woken."""
+    woken: list[_core.Waiter] = []
+    assert next(waiting.__await__()) is waiting
+    assert waiting._asyncio_future_blocking is True
+    waiting._asyncio_future_blocking = False
+    waiting.add_done_callback(woken.append, context=contextvars.copy_context())
     return woken
 
 
 def awaited(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
+    first, second, exited = (child.waiter(hub, kind) for kind in (7, 7, 5))
+    assert first.get_loop() is hub
+    woken, also, earlier = await_it(first), await_it(second), await_it(exited)
     with pytest.raises(TypeError):
-        child.__await__()
-    with pytest.raises(TypeError):
-        child.add_done_callback(print, context=contextvars.copy_context())
-    woken = await_it(child, hub)
-    with pytest.raises(TypeError):
-        child.add_done_callback(woken.append, context=contextvars.copy_context())
+        first.add_done_callback(woken.append, context=contextvars.copy_context())
     assert child.outcome() is None
     child.on_event(3, 0)  # the exec
+    assert not earlier
+    assert child.waiter(hub, 3).done()
     for _, kind, value in finish(hub):
         child.on_event(kind, value)
-    assert woken.pop() is child
-    assert not woken
-    assert child.result() is None
-    assert child.cancel() is False
-    assert list(iter(child.__next__, child)) == []
+    assert woken == [first]
+    assert also == [second]
+    assert earlier == [exited]
+    assert first.result() is None
+    assert first.cancel() is False
+    assert list(iter(first.__next__, child)) == []
     outcome = child.outcome()
     assert outcome is not None
     assert outcome[:4] == (0, child.pid, b"x\n", b"")
     assert len(outcome[4] or b"") >= 144
     assert child.pidfd == -1
+    assert child.waiter(hub, 7).done()
+    assert child.take_over() == [(7, 0)]
+
+
+class Loop:
+    """Of which cancel() asks for one method."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def call_soon(self, callback: Any, *args: Any, context: contextvars.Context) -> int:
+        self.calls.append(functools.partial(context.run, callback, *args))
+        return 1
 
 
 def taken_over(hub: _core.Hub) -> None:
-    class Loop:
-        """Of which cancel() asks for one method."""
-
-        def call_soon(self, callback: Any, *args: Any, context: contextvars.Context) -> int:
-            calls.append(functools.partial(context.run, callback, *args))
-            return 1
-
-    calls: list[Callable[[], None]] = []
+    loop = Loop()
     child = one_shot(hub, "/bin/sh", "-c", "echo x; exit 3", stdin=INHERIT, limit=1)
-    woken = await_it(child, Loop())
-    assert child.cancel(msg="why") is True
-    assert child.cancel() is False
-    calls.pop()()
-    assert woken.pop() is child
+    waiting = child.waiter(loop, 7)
+    woken = await_it(waiting)
+    assert waiting.cancel(msg="why") is True
+    assert waiting.cancel() is False
+    loop.calls.pop()()
+    assert woken.pop() is waiting
     with pytest.raises(asyncio.CancelledError, match="why"):
-        child.result()
-    assert child.result() is None
+        waiting.result()
+    assert waiting.result() is None
+    assert child.take_over() == []
     for _, kind, value in finish(hub):
         child.on_event(kind, value)
     assert not woken
     assert child.outcome() is None
     assert child.take_over() == [(8, 1), (7, 3)]
-    assert child.take_over() == []
+    # A failure is told to whoever waits for whatever.
+    failed = one_shot(hub, "/nonexistent", stdin=INHERIT)
+    woken = await_it(failed.waiter(loop, 7))
+    for _, kind, value in finish(hub):
+        failed.on_event(kind, value)
+    assert len(woken) == 1
+    assert failed.take_over() == [(4, (_core.STEP_EXEC, errno.ENOENT))]
+    assert failed.outcome() is None
     # What waits for itself is collected.
     forgotten = one_shot(hub, "/bin/true", stdin=INHERIT)
-    await_it(forgotten, [forgotten])
+    await_it(forgotten.waiter([forgotten], 7))
     finish(hub)
+
+
+def waking_fails(hub: _core.Hub) -> None:
+    """Who ends the loop keeps nobody else from being woken, in its next turn."""
+
+    def end(waiting: _core.Waiter) -> None:
+        raise SystemExit
+
+    loop = Loop()
+    child = one_shot(hub, "/bin/true", stdin=INHERIT)
+    first, second = child.waiter(loop, 7), child.waiter(loop, 7)
+    next(first.__await__())
+    first.add_done_callback(end, context=contextvars.copy_context())
+    woken = await_it(second)
+    with pytest.raises(SystemExit):
+        for _, kind, value in finish(hub):
+            child.on_event(kind, value)
+    assert not woken
+    loop.calls.pop()()
+    assert woken == [second]
 
 
 def waiter(hub: _core.Hub) -> None:
@@ -467,13 +503,9 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.output": feed,
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
-    "Launch.wait_in": awaited,
-    "Launch.get_loop": awaited,
-    "Launch.add_done_callback": awaited,
+    "Launch.waiter": waking_fails,
     "Launch.on_event": awaited,
     "Launch.outcome": awaited,
-    "Launch.result": awaited,
-    "Launch.cancel": taken_over,
     "Launch.take_over": taken_over,
     "Waiter.get_loop": waiter,
     "Waiter.add_done_callback": waiter,

@@ -1,0 +1,459 @@
+/* The type Launch: see _launchobject.h. */
+#include "_launchobject.h"
+
+#include "_waiter.h"
+
+#include <errno.h>
+#include <limits.h>
+
+PyObject *core_raise_errno(int negative)
+{
+    errno = -negative;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static const char *const rung_names[SPAWN_RUNGS] = {
+    [SPAWN_DETACHED_CLONE3] = "detached-clone3",
+    [SPAWN_DETACHED_CLONE] = "detached-clone",
+    [SPAWN_VFORK] = "vfork",
+    [SPAWN_FORK] = "fork",
+};
+
+/* SPAWN_RUNGS stands for a child that subprocess.Popen made. */
+const char *launch_rung_name(int rung)
+{
+    return rung == SPAWN_RUNGS ? "popen" : rung_names[rung];
+}
+
+/* Made before there is a child, so that nothing can fail after. */
+LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit)
+{
+    core_state *state = PyType_GetModuleState(hub_type);
+    LaunchObject *self = PyObject_GC_New(LaunchObject, state->launch_type);
+    if (self) {
+        self->launch = NULL;
+        self->one_shot = (struct one_shot){.limit = limit};
+        self->waiters = NULL;
+        self->stage = 0;
+        self->failed = false;
+        self->exceeded = 0;
+        PyObject_GC_Track(self);
+    }
+    return self;
+}
+
+PyObject *launch_object_fill(LaunchObject *self, struct launch *launch, enum spawn_rung rung)
+{
+    self->launch = launch;
+    self->id = launch->id;
+    self->pid = launch->pid;
+    self->contended = launch->contended;
+    self->rung = rung;
+    if (launch->one_shot)
+        oneshot_begin(&self->one_shot, launch);
+    return (PyObject *)self;
+}
+
+static PyObject *Launch_close(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    launch_close(self->launch);
+    oneshot_release_input(&self->one_shot);
+    Py_RETURN_NONE;
+}
+
+static void Launch_dealloc(LaunchObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->launch)
+        launch_free(self->launch);
+    oneshot_clear(&self->one_shot);
+    Py_CLEAR(self->waiters);
+    PyObject_GC_Del(self);
+    Py_DECREF(type);
+}
+
+static int Launch_traverse(LaunchObject *self, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->waiters);
+    return 0;
+}
+
+static int Launch_clear(LaunchObject *self)
+{
+    Py_CLEAR(self->waiters);
+    return 0;
+}
+
+static PyObject *Launch_poll(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    int returncode;
+    if (!launch_poll(self->launch, &returncode))
+        Py_RETURN_NONE;
+    return PyLong_FromLong(returncode);
+}
+
+static PyObject *signal_with(LaunchObject *self, PyObject *argument, int (*send)(struct launch *, int))
+{
+    long sig = PyLong_AsLong(argument);
+    if (sig == -1 && PyErr_Occurred())
+        return NULL;
+    if (sig != (int)sig) {
+        PyErr_SetString(PyExc_OverflowError, "Python int too large to convert to C int");
+        return NULL;
+    }
+    int result = send(self->launch, (int)sig);
+    if (result < 0)
+        return core_raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_send_signal(LaunchObject *self, PyObject *argument)
+{
+    return signal_with(self, argument, launch_signal);
+}
+
+static PyObject *Launch_signal_group(LaunchObject *self, PyObject *argument)
+{
+    return signal_with(self, argument, launch_signal_group);
+}
+
+/* kill_cgroup() -> whether the child was the first in a cgroup, and all in there has been killed. */
+static PyObject *Launch_kill_cgroup(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = launch_kill_cgroup(self->launch);
+    Py_END_ALLOW_THREADS
+    return PyBool_FromLong(result == 0);
+}
+
+/* resize(rows, columns) */
+static PyObject *Launch_resize(LaunchObject *self, PyObject *args)
+{
+    int rows, columns;
+    if (!PyArg_ParseTuple(args, "ii:resize", &rows, &columns))
+        return NULL;
+    if (rows < 0 || rows > USHRT_MAX || columns < 0 || columns > USHRT_MAX) {
+        PyErr_SetString(PyExc_OverflowError, "rows and columns must be 0 to 65535");
+        return NULL;
+    }
+    int result = launch_resize(self->launch, (unsigned short)rows, (unsigned short)columns);
+    if (result < 0)
+        return core_raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_keep_pidfd(LaunchObject *self, PyObject *argument)
+{
+    int keep = PyObject_IsTrue(argument);
+    if (keep < 0)
+        return NULL;
+    launch_keep_pidfd(self->launch, keep);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_write(LaunchObject *self, PyObject *argument)
+{
+    Py_buffer data;
+    if (PyObject_GetBuffer(argument, &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    ssize_t written = launch_write(self->launch, data.buf, (size_t)data.len);
+    PyBuffer_Release(&data);
+    if (written == -EAGAIN || written == -EINTR)
+        written = 0;
+    return written < 0 ? core_raise_errno((int)written) : PyLong_FromSsize_t(written);
+}
+
+static int parse_pipe(long fd)
+{
+    if (fd >= LAUNCH_STDIN && fd <= LAUNCH_STDERR)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "fd must be 0, 1 or 2");
+    return -1;
+}
+
+static PyObject *Launch_watch(LaunchObject *self, PyObject *args)
+{
+    int fd, watch;
+    if (!PyArg_ParseTuple(args, "ip:watch", &fd, &watch) || parse_pipe(fd) < 0)
+        return NULL;
+    int result = launch_watch(self->launch, (enum launch_slot)fd, watch);
+    if (result < 0)
+        return core_raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_close_pipe(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
+        return NULL;
+    launch_close_pipe(self->launch, (enum launch_slot)fd);
+    Py_RETURN_NONE;
+}
+
+static PyObject *Launch_pipe(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
+        return NULL;
+    return PyLong_FromLong(launch_fd(self->launch, (enum launch_slot)fd));
+}
+
+/* kept() -> fds of what the child should have inherited, -1 where there is none; see launch_kept(). */
+static PyObject *Launch_kept(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    int fds[3];
+    launch_kept(self->launch, fds);
+    return Py_BuildValue("(iii)", fds[0], fds[1], fds[2]);
+}
+
+/* feed(input): a bytes-like object that is written to stdin, which is then closed; None for none. */
+static PyObject *Launch_feed(LaunchObject *self, PyObject *input)
+{
+    int result = oneshot_feed(&self->one_shot, self->launch, input == Py_None ? NULL : input);
+    if (result < 0)
+        return PyErr_Occurred() ? NULL : core_raise_errno(result);
+    Py_RETURN_NONE;
+}
+
+/* output(1 or 2): what has been read so far, None without a pipe. Nothing may be read after. */
+static PyObject *Launch_output(LaunchObject *self, PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
+        return NULL;
+    return oneshot_output(&self->one_shot, fd == LAUNCH_STDERR ? 2 : 1);
+}
+
+/* exceeded(): whether one of the outputs was longer than the limit. */
+static PyObject *Launch_exceeded(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(self->one_shot.captures[0].exceeded || self->one_shot.captures[1].exceeded);
+}
+
+/* rusage() -> struct rusage as it is; see _process.py. */
+static PyObject *Launch_rusage(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct rusage usage;
+    if (!launch_usage(self->launch, &usage))
+        Py_RETURN_NONE;
+    return PyBytes_FromStringAndSize((const char *)&usage, sizeof usage);
+}
+
+static PyObject *Launch_get_id(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(self->id);
+}
+
+static PyObject *Launch_get_pid(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->pid);
+}
+
+static PyObject *Launch_get_pidfd(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(launch_fd(self->launch, LAUNCH_PIDFD));
+}
+
+static PyObject *Launch_get_contended(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->contended);
+}
+
+static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(self->launch->status_lost);
+}
+
+static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyUnicode_FromString(launch_rung_name(self->rung));
+}
+
+/* ---- what has come, and who waits for it ------------------------------------------- */
+
+/* A stage is the kind of event that told of it. */
+_Static_assert((int)HUB_EXECED < (int)HUB_EXITED && (int)HUB_EXITED < (int)ONESHOT_FINISHED, "stages ascend");
+
+static bool has_come(const LaunchObject *self, int stage)
+{
+    return self->failed || self->exceeded || self->stage >= stage;
+}
+
+/* waiter(loop, kind) -> what a task of this loop awaits until this kind of event has come, or
+ * one that asks for somebody to take over. */
+static PyObject *Launch_waiter(LaunchObject *self, PyObject *args)
+{
+    PyObject *loop;
+    int stage;
+    if (!PyArg_ParseTuple(args, "Oi:waiter", &loop, &stage))
+        return NULL;
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyObject *waiter = waiter_new(state->waiter_type, loop, stage);
+    if (waiter && has_come(self, stage)) {
+        Py_DECREF(waiter_finish(waiter, false, NULL)); /* nobody to wake: it cannot fail */
+    } else if (waiter) {
+        if (!self->waiters)
+            self->waiters = PyList_New(0);
+        if (!self->waiters || PyList_Append(self->waiters, waiter) < 0)
+            Py_CLEAR(waiter);
+    }
+    return waiter;
+}
+
+/* Takes a waiter whose stage has come off the list, NULL without an exception if there is none. */
+static PyObject *next_woken(LaunchObject *self)
+{
+    for (Py_ssize_t i = 0; self->waiters && i < PyList_GET_SIZE(self->waiters); i++) {
+        PyObject *waiter = PyList_GET_ITEM(self->waiters, i);
+        if (!has_come(self, waiter_stage(waiter)))
+            continue;
+        Py_INCREF(waiter);
+        if (PyList_SetSlice(self->waiters, i, i + 1, NULL) < 0)
+            Py_CLEAR(waiter);
+        return waiter;
+    }
+    return NULL;
+}
+
+/* Whatever a task raises that ends the loop: the others go on in its next turn, if it has one. */
+static PyObject *wake_waiters(LaunchObject *self)
+{
+    PyObject *waiter, *type = NULL, *value = NULL, *traceback = NULL;
+    while ((waiter = next_woken(self))) {
+        PyObject *result = waiter_finish(waiter, !type, NULL);
+        Py_DECREF(waiter);
+        if (result)
+            Py_DECREF(result);
+        else if (!type)
+            PyErr_Fetch(&type, &value, &traceback);
+        else
+            PyErr_Clear();
+    }
+    if (type)
+        PyErr_Restore(type, value, traceback);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+/* on_event(kind, value): an event of the hub. */
+static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "on_event() takes 2 arguments (%zd given)", count);
+    long kind = PyLong_AsLong(args[0]);
+    if (kind == -1 && PyErr_Occurred())
+        return NULL;
+    if (kind == HUB_FAILED) {
+        if (!PyArg_ParseTuple(args[1], "ii", &self->failed_step, &self->failed_error))
+            return NULL;
+        self->failed = true;
+    } else {
+        long value = PyLong_AsLong(args[1]);
+        if (value == -1 && PyErr_Occurred())
+            return NULL;
+        if (kind == ONESHOT_EXCEEDED)
+            self->exceeded = (int)value;
+        else if (self->stage < kind)
+            self->stage = (int)kind;
+        if (kind == HUB_EXITED || kind == ONESHOT_FINISHED)
+            self->one_shot.returncode = (int)value; /* in a forked child nobody else tells */
+    }
+    return wake_waiters(self);
+}
+
+/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
+ * it is to be taken over. */
+static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (self->exceeded || self->stage < (int)ONESHOT_FINISHED)
+        Py_RETURN_NONE;
+    PyObject *outcome = PyTuple_New(5);
+    PyObject *items[] = {
+        PyLong_FromLong(self->one_shot.returncode),
+        PyLong_FromLong(self->pid),
+        oneshot_output(&self->one_shot, 1),
+        oneshot_output(&self->one_shot, 2),
+        Launch_rusage(self, NULL),
+    };
+    bool complete = outcome != NULL;
+    for (int i = 0; i < 5; i++) {
+        complete = complete && items[i];
+        if (outcome)
+            PyTuple_SET_ITEM(outcome, i, items[i]);
+        else
+            Py_XDECREF(items[i]);
+    }
+    if (!complete)
+        Py_CLEAR(outcome);
+    return outcome;
+}
+
+/* take_over() -> [(kind, value), ...]: what has come, but an exec, and what a later event made
+ * old, for whoever is to hear of the next. */
+static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    if (self->failed)
+        return Py_BuildValue("[(i(ii))]", (int)HUB_FAILED, self->failed_step, self->failed_error);
+    PyObject *events = self->exceeded ? Py_BuildValue("[(ii)]", (int)ONESHOT_EXCEEDED, self->exceeded) : PyList_New(0);
+    if (!events || self->stage < (int)HUB_EXITED)
+        return events;
+    PyObject *end = Py_BuildValue("(ii)", self->stage, self->one_shot.returncode);
+    if (!end || PyList_Append(events, end) < 0)
+        Py_CLEAR(events);
+    Py_XDECREF(end);
+    return events;
+}
+
+static PyMethodDef Launch_methods[] = {
+    {"close", (PyCFunction)Launch_close, METH_NOARGS, NULL},
+    {"poll", (PyCFunction)Launch_poll, METH_NOARGS, NULL},
+    {"send_signal", (PyCFunction)Launch_send_signal, METH_O, NULL},
+    {"signal_group", (PyCFunction)Launch_signal_group, METH_O, NULL},
+    {"kill_cgroup", (PyCFunction)Launch_kill_cgroup, METH_NOARGS, NULL},
+    {"resize", (PyCFunction)Launch_resize, METH_VARARGS, NULL},
+    {"keep_pidfd", (PyCFunction)Launch_keep_pidfd, METH_O, NULL},
+    {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
+    {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
+    {"output", (PyCFunction)Launch_output, METH_O, NULL},
+    {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},
+    {"write", (PyCFunction)Launch_write, METH_O, NULL},
+    {"watch", (PyCFunction)Launch_watch, METH_VARARGS, NULL},
+    {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
+    {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
+    {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
+    {"waiter", (PyCFunction)Launch_waiter, METH_VARARGS, NULL},
+    {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
+    {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
+    {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef Launch_getset[] = {
+    {"id", (getter)Launch_get_id, NULL, NULL, NULL},
+    {"pid", (getter)Launch_get_pid, NULL, NULL, NULL},
+    {"pidfd", (getter)Launch_get_pidfd, NULL, NULL, NULL},
+    {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
+    {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
+    {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot Launch_slots[] = {
+    {Py_tp_doc, (void *)"A child process and the parent's ends of its pipes."},
+    {Py_tp_dealloc, (void *)Launch_dealloc},
+    {Py_tp_traverse, (void *)Launch_traverse},
+    {Py_tp_clear, (void *)Launch_clear},
+    {Py_tp_methods, Launch_methods},
+    {Py_tp_getset, Launch_getset},
+    {0, NULL},
+};
+
+PyType_Spec launch_spec = {
+    .name = "aiovspawn._core.Launch",
+    .basicsize = sizeof(LaunchObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Launch_slots,
+};

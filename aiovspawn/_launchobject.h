@@ -1,0 +1,41 @@
+/* The type Launch of the binding: a child process and the parent's ends of its pipes.
+ *
+ * Where nobody else is told of the launch's events it takes them itself, and wakes who waits
+ * for them; what had come is told to whoever takes it over then.
+ */
+#ifndef AIOVSPAWN_LAUNCHOBJECT_H
+#define AIOVSPAWN_LAUNCHOBJECT_H
+
+#include "_oneshot.h"
+
+/* The state of the module. */
+typedef struct {
+    PyTypeObject *hub_type;
+    PyTypeObject *launch_type;
+    PyTypeObject *waiter_type;
+    PyObject *extend; /* the name of deque's method */
+} core_state;
+
+typedef struct {
+    PyObject_HEAD
+    struct launch *launch; /* NULL only if there was none to be had */
+    uint64_t id;
+    pid_t pid;
+    bool contended;
+    enum spawn_rung rung;
+    struct one_shot one_shot; /* used where run_process() launches */
+    PyObject *waiters;        /* list of Waiter, or NULL */
+    int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
+    bool failed;
+    int failed_step, failed_error;
+    int exceeded; /* 1 or 2, whose output was too long; 0 for none */
+} LaunchObject;
+
+extern PyType_Spec launch_spec;
+
+LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit);
+PyObject *launch_object_fill(LaunchObject *self, struct launch *launch, enum spawn_rung rung);
+const char *launch_rung_name(int rung);
+PyObject *core_raise_errno(int negative);
+
+#endif
