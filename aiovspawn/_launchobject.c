@@ -285,15 +285,16 @@ static bool has_come(const LaunchObject *self, int stage)
 
 /* waiter(loop, kind) -> what a task of this loop awaits until this kind of event has come, or
  * one that asks for somebody to take over. */
-static PyObject *Launch_waiter(LaunchObject *self, PyObject *args)
+static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    PyObject *loop;
-    int stage;
-    if (!PyArg_ParseTuple(args, "Oi:waiter", &loop, &stage))
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "waiter() takes 2 arguments (%zd given)", count);
+    long stage = PyLong_AsLong(args[1]);
+    if (stage == -1 && PyErr_Occurred())
         return NULL;
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
-    PyObject *waiter = waiter_new(state->waiter_type, loop, stage);
-    if (waiter && has_come(self, stage)) {
+    PyObject *waiter = waiter_new(state->waiter_type, args[0], (int)stage);
+    if (waiter && has_come(self, (int)stage)) {
         Py_DECREF(waiter_finish(waiter, false, NULL)); /* nobody to wake: it cannot fail */
     } else if (waiter) {
         if (!self->waiters)
@@ -338,7 +339,8 @@ static PyObject *wake_waiters(LaunchObject *self)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* on_event(kind, value): an event of the hub. */
+/* on_event(kind, value): an event of the hub. At the end the launch is closed: who keeps an exception
+ * keeps it too. */
 static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
 {
     if (count != 2)
@@ -360,6 +362,10 @@ static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_s
             self->stage = (int)kind;
         if (kind == HUB_EXITED || kind == ONESHOT_FINISHED)
             self->one_shot.returncode = (int)value; /* in a forked child nobody else tells */
+        if (kind == ONESHOT_FINISHED) {
+            launch_close(self->launch);
+            oneshot_release_input(&self->one_shot);
+        }
     }
     return wake_waiters(self);
 }
@@ -424,7 +430,7 @@ static PyMethodDef Launch_methods[] = {
     {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
-    {"waiter", (PyCFunction)Launch_waiter, METH_VARARGS, NULL},
+    {"waiter", (PyCFunction)(void (*)(void))Launch_waiter, METH_FASTCALL, NULL},
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},

@@ -327,6 +327,7 @@ def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
 
 def awaited(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
+    child.keep_pidfd(True)  # and yet nothing stays open of what is over, whoever keeps the launch
     first, second, exited = (child.waiter(hub, kind) for kind in (7, 7, 5))
     assert first.get_loop() is hub
     woken, also, earlier = await_it(first), await_it(second), await_it(exited)
