@@ -33,9 +33,18 @@ OLDER_TIMEOUT = 5.0
 
 
 def launch(
-    hub: LoopHub, request: Request, stdio: tuple[int, int, int], may_share_fds: bool, limit: int | None
+    hub: LoopHub,
+    request: Request,
+    stdio: tuple[int, int, int],
+    may_share_fds: bool,
+    limit: int | None,
+    pauses: bool = False,
 ) -> _core.Launch:
-    """Launch once, by the C core. Raises what subprocess.Popen would, where there is no child."""
+    """Launch once, by the C core. Raises what subprocess.Popen would, where there is no child.
+
+    limit: None, or for a one-shot the bytes of each pipe that are kept, -1 for all; if it
+    pauses, more stays in the pipe.
+    """
     try:
         return hub.core.launch(
             request.programs,
@@ -48,6 +57,7 @@ def launch(
             request.pipe_size,
             may_share_fds,
             limit,
+            pauses,
         )
     except OSError as exc:
         if not hasattr(exc, "step"):

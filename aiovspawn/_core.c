@@ -225,6 +225,7 @@ struct launch_arguments {
     int close_fds, pipe_size, may_share;
     bool one_shot;
     Py_ssize_t limit; /* of a one-shot's output */
+    int pauses;       /* at the limit; and its exec is told */
 };
 
 static size_t arena_size(const struct launch_arguments *args)
@@ -451,10 +452,11 @@ static PyObject *launch_with(HubObject *self, const struct launch_arguments *arg
     struct block *block = make_block(args);
     if (!block)
         return NULL;
-    LaunchObject *object = launch_object_new(Py_TYPE(self), args->limit);
+    LaunchObject *object = launch_object_new(Py_TYPE(self), args->limit, args->pauses);
     struct launch_options options = {
         .may_share_fds = args->may_share,
         .one_shot = object && args->one_shot ? &object->one_shot : NULL,
+        .tells_exec = args->pauses,
     };
     int result = object ? start_on_ladder(self->hub, &block, &options, &launch, &op) : 0;
     if (object && result == 0)
@@ -510,21 +512,21 @@ static bool parse_stdio(PyObject *value, int *ret_stdio)
     return true;
 }
 
-/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size, may_share_fds, limit).
+/* launch(programs, argv, env, stdio, pass_fds, steps, close_fds, pipe_size, may_share_fds, limit, pauses).
  * By hand: PyArg_ParseTuple() is 7 % of what a launch costs outside the kernel. */
 static PyObject *Hub_launch(HubObject *self, PyObject *const *given, Py_ssize_t count)
 {
     struct launch_arguments args = {0};
     PyObject *launch = NULL;
-    if (count != 10)
-        return PyErr_Format(PyExc_TypeError, "launch() takes 10 arguments (%zd given)", count);
+    if (count != 11)
+        return PyErr_Format(PyExc_TypeError, "launch() takes 11 arguments (%zd given)", count);
     PyObject *env = given[2];
     args.pass_fds = given[4];
     args.steps = given[5];
     if (!parse_stdio(given[3], args.stdio) || !parse_tuple(args.pass_fds, "pass_fds", -1) ||
         !parse_tuple(args.steps, "steps", -1) || !parse_truth(given[6], &args.close_fds) ||
         !parse_int(given[7], &args.pipe_size) || !parse_truth(given[8], &args.may_share) ||
-        !parse_limit(given[9], &args.one_shot, &args.limit))
+        !parse_limit(given[9], &args.one_shot, &args.limit) || !parse_truth(given[10], &args.pauses))
         return NULL;
     args.programs = fs_encode_all(given[0]);
     args.argv = args.programs ? fs_encode_all(given[1]) : NULL;
@@ -552,7 +554,7 @@ static PyObject *Hub_adopt(HubObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "i(iii)O:adopt", &pid, &ends[0], &ends[1], &ends[2], &limit) ||
         !parse_limit(limit, &one_shot, &bytes))
         return NULL;
-    LaunchObject *object = launch_object_new(Py_TYPE(self), bytes);
+    LaunchObject *object = launch_object_new(Py_TYPE(self), bytes, false);
     if (!object)
         return NULL;
     int result = launch_adopt(self->hub, pid, ends, one_shot ? &object->one_shot : NULL, &launch);

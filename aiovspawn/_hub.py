@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import _core
+from ._core import Launch
 from ._log import logger
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class LoopHub:
         self.sweeping = False
         self._closed = False
         self._parent: int | None = None
-        self.transports: dict[int, Attempts | _core.Launch] = {}
+        self.transports: dict[int, Attempts | Launch] = {}
         self.core = _core.Hub()
         # In a context of its own: the one of the first caller would otherwise live
         # as long as the loop and be seen by every later callback.
@@ -121,7 +122,7 @@ class LoopHub:
     def _poll_as_child(self) -> None:
         self.sweeping = False
         for transport in list(self.transports.values()):
-            if isinstance(transport, _core.Launch):
+            if isinstance(transport, Launch):
                 self._poll_launch(transport)
             else:
                 transport.poll_exit()
@@ -130,7 +131,7 @@ class LoopHub:
             self.sweeping = True
             self._context.run(loop.call_later, SWEEP_INTERVAL, self._poll_as_child)
 
-    def _poll_launch(self, launch: _core.Launch) -> None:
+    def _poll_launch(self, launch: Launch) -> None:
         returncode = launch.poll()
         if returncode is not None:
             launch.on_event(EXITED, returncode)
@@ -143,8 +144,11 @@ class LoopHub:
             while events:
                 key, kind, value = events.popleft()
                 transport = transports.get(key)
-                if transport is not None:
-                    transport.on_event(kind, value)
+                if transport is None:
+                    continue
+                if kind == FINISHED and type(transport) is Launch:
+                    del transports[key]  # before anybody who is told can have it taken over
+                transport.on_event(kind, value)
         finally:
             # A KeyboardInterrupt may come between any two lines; an event comes only once.
             if events and not self._closed:

@@ -18,7 +18,6 @@ from ._log import logger
 from ._options import reject_options
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
-Started = tuple[asyncio.SubprocessTransport, P]
 
 RUNG_VARIABLE = "AIOVSPAWN_RUNG"
 CORE_RUNGS = ("detached-clone3", "detached-clone", "vfork", "fork")
@@ -43,8 +42,9 @@ class Ladder:
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.close_hub: Callable[[asyncio.AbstractEventLoop], None]
         self.start: Callable[..., Awaitable[Any]]
+        self.start_deferred: Callable[..., Awaitable[Any]] | None = None
         self.one_shot: Any
-        """What of _hub.py, _transport.py and _oneshot.py is used here, if the C core is there."""
+        """What is used here of the modules that need the C core, if that is there."""
 
     def renew_lock(self) -> None:
         """In a forked child: the thread that had it may not be there."""
@@ -115,11 +115,12 @@ def _load_core() -> None:
     except ModuleNotFoundError:
         return
     from . import _oneshot
+    from ._deferred import start_deferred
     from ._hub import close_hub, hub_of
     from ._transport import start_subprocess
 
     ladder.hub_of, ladder.close_hub = hub_of, close_hub
-    ladder.start, ladder.one_shot = start_subprocess, _oneshot
+    ladder.start, ladder.start_deferred, ladder.one_shot = start_subprocess, start_deferred, _oneshot
 
 
 _load_core()
@@ -157,8 +158,12 @@ def subprocess_exec(
     protocol_factory: Callable[[], P],
     args: tuple[Any, ...],
     keywords: dict[str, Any],
-) -> Awaitable[Started[P]]:
-    """loop.subprocess_exec() on the fast path, or by `delegate` where there is none; uses up keywords."""
+    start: Callable[..., Awaitable[Any]] | None = None,
+) -> Awaitable[Any]:
+    """loop.subprocess_exec() on the fast path, or by `delegate` where there is none; uses up keywords.
+
+    start: what is to be called in place of start_subprocess(), with the same arguments.
+    """
     if keywords.pop("shell", False):
         raise ValueError("shell must be False")
     if not TEXT_KEYWORDS.isdisjoint(keywords):
@@ -166,7 +171,7 @@ def subprocess_exec(
     hub = ladder.hub_for(loop, keywords)
     if hub is None:
         return delegate(protocol_factory, *args, **keywords)
-    return ladder.start(hub, loop, protocol_factory, args, ladder.way == "popen", False, keywords)
+    return (start or ladder.start)(hub, loop, protocol_factory, args, ladder.way == "popen", False, keywords)
 
 
 def subprocess_shell(
@@ -175,8 +180,12 @@ def subprocess_shell(
     protocol_factory: Callable[[], P],
     cmd: str | bytes,
     keywords: dict[str, Any],
-) -> Awaitable[Started[P]]:
-    """loop.subprocess_shell() on the fast path, or by `delegate` where there is none; uses up keywords."""
+    start: Callable[..., Awaitable[Any]] | None = None,
+) -> Awaitable[Any]:
+    """loop.subprocess_shell() on the fast path, or by `delegate` where there is none; uses up keywords.
+
+    start: what is to be called in place of start_subprocess(), with the same arguments.
+    """
     if not isinstance(cmd, (bytes, str)):
         raise ValueError("cmd must be a string")
     if not keywords.pop("shell", True):
@@ -186,7 +195,7 @@ def subprocess_shell(
     hub = ladder.hub_for(loop, keywords)
     if hub is None:
         return delegate(protocol_factory, cmd, **keywords)
-    return ladder.start(hub, loop, protocol_factory, cmd, ladder.way == "popen", True, keywords)
+    return (start or ladder.start)(hub, loop, protocol_factory, cmd, ladder.way == "popen", True, keywords)
 
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:

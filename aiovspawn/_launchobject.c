@@ -26,13 +26,13 @@ const char *launch_rung_name(int rung)
 }
 
 /* Made before there is a child, so that nothing can fail after. */
-LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit)
+LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool pauses)
 {
     core_state *state = PyType_GetModuleState(hub_type);
     LaunchObject *self = PyObject_GC_New(LaunchObject, state->launch_type);
     if (self) {
         self->launch = NULL;
-        self->one_shot = (struct one_shot){.limit = limit};
+        self->one_shot = (struct one_shot){.limit = limit, .pauses = pauses};
         self->waiters = NULL;
         self->stage = 0;
         self->failed = false;
@@ -268,6 +268,12 @@ static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(clos
     return PyBool_FromLong(self->launch->status_lost);
 }
 
+/* The kind of the last event that has come: 0, or one of EXECED, EXITED, FINISHED. */
+static PyObject *Launch_get_stage(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromLong(self->stage);
+}
+
 static PyObject *Launch_get_rung(LaunchObject *self, void *Py_UNUSED(closure))
 {
     return PyUnicode_FromString(launch_rung_name(self->rung));
@@ -281,6 +287,15 @@ _Static_assert((int)HUB_EXECED < (int)HUB_EXITED && (int)HUB_EXITED < (int)ONESH
 static bool has_come(const LaunchObject *self, int stage)
 {
     return self->failed || self->exceeded || self->stage >= stage;
+}
+
+/* Who was cancelled is not coming back. */
+static int drop_cancelled(PyObject *waiters)
+{
+    for (Py_ssize_t i = PyList_GET_SIZE(waiters); i-- > 0;)
+        if (!waiter_is_waiting(PyList_GET_ITEM(waiters, i)) && PyList_SetSlice(waiters, i, i + 1, NULL) < 0)
+            return -1;
+    return 0;
 }
 
 /* waiter(loop, kind) -> what a task of this loop awaits until this kind of event has come, or
@@ -299,18 +314,19 @@ static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssi
     } else if (waiter) {
         if (!self->waiters)
             self->waiters = PyList_New(0);
-        if (!self->waiters || PyList_Append(self->waiters, waiter) < 0)
+        if (!self->waiters || drop_cancelled(self->waiters) < 0 || PyList_Append(self->waiters, waiter) < 0)
             Py_CLEAR(waiter);
     }
     return waiter;
 }
 
-/* Takes a waiter whose stage has come off the list, NULL without an exception if there is none. */
-static PyObject *next_woken(LaunchObject *self)
+/* Takes a waiter off the list that waits for no more than this stage, NULL without an exception
+ * if there is none. */
+static PyObject *next_woken(LaunchObject *self, int stage)
 {
     for (Py_ssize_t i = 0; self->waiters && i < PyList_GET_SIZE(self->waiters); i++) {
         PyObject *waiter = PyList_GET_ITEM(self->waiters, i);
-        if (!has_come(self, waiter_stage(waiter)))
+        if (waiter_stage(waiter) > stage)
             continue;
         Py_INCREF(waiter);
         if (PyList_SetSlice(self->waiters, i, i + 1, NULL) < 0)
@@ -321,11 +337,11 @@ static PyObject *next_woken(LaunchObject *self)
 }
 
 /* Whatever a task raises that ends the loop: the others go on in its next turn, if it has one. */
-static PyObject *wake_waiters(LaunchObject *self)
+static PyObject *wake_waiters(LaunchObject *self, int stage, bool at_once)
 {
     PyObject *waiter, *type = NULL, *value = NULL, *traceback = NULL;
-    while ((waiter = next_woken(self))) {
-        PyObject *result = waiter_finish(waiter, !type, NULL);
+    while ((waiter = next_woken(self, stage))) {
+        PyObject *result = waiter_finish(waiter, at_once && !type, NULL);
         Py_DECREF(waiter);
         if (result)
             Py_DECREF(result);
@@ -367,11 +383,11 @@ static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_s
             oneshot_release_input(&self->one_shot);
         }
     }
-    return wake_waiters(self);
+    return wake_waiters(self, self->failed || self->exceeded ? (int)ONESHOT_FINISHED : self->stage, true);
 }
 
 /* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
- * it is to be taken over. */
+ * it is to be taken over. The output is given away: there is none when it is asked for again. */
 static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
     if (self->exceeded || self->stage < (int)ONESHOT_FINISHED)
@@ -392,7 +408,9 @@ static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
         else
             Py_XDECREF(items[i]);
     }
-    if (!complete)
+    if (complete)
+        oneshot_drop_output(&self->one_shot);
+    else
         Py_CLEAR(outcome);
     return outcome;
 }
@@ -410,6 +428,63 @@ static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused
     if (!end || PyList_Append(events, end) < 0)
         Py_CLEAR(events);
     Py_XDECREF(end);
+    return events;
+}
+
+/* set_limit(bytes): of a launch that pauses at it; -1 for none. */
+static PyObject *Launch_set_limit(LaunchObject *self, PyObject *argument)
+{
+    Py_ssize_t limit = PyLong_AsSsize_t(argument);
+    if (limit == -1 && PyErr_Occurred())
+        return NULL;
+    oneshot_set_limit(&self->one_shot, self->launch, limit < 0 ? PY_SSIZE_T_MAX : limit);
+    Py_RETURN_NONE;
+}
+
+static bool add_event(PyObject *events, int kind, PyObject *value)
+{
+    PyObject *event = value ? Py_BuildValue("(iN)", kind, value) : NULL;
+    bool added = event && PyList_Append(events, event) == 0;
+    Py_XDECREF(event);
+    return added;
+}
+
+/* What a pipe's reader would have been told: data, and, where it is closed, its end. */
+static bool add_output(LaunchObject *self, PyObject *events, int fd)
+{
+    const struct capture *capture = &self->one_shot.captures[fd - 1];
+    if (capture->failed)
+        return add_event(events, fd, PyLong_FromLong(ENOMEM));
+    if (capture->size > 0 && !add_event(events, fd, oneshot_output(&self->one_shot, fd)))
+        return false;
+    return !capture->piped || capture->open || add_event(events, fd, PyBytes_FromStringAndSize(NULL, 0));
+}
+
+/* stream() -> [(kind, value), ...]: the events that would have come if the launch had not been
+ * in one shot; it is no longer, and whoever is registered for it is told the next. Those
+ * that the hub has told and nobody has been told yet may be among them. Who waits is woken. */
+static PyObject *Launch_stream(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    struct one_shot *shot = &self->one_shot;
+    bool exited = shot->exited || self->stage >= (int)HUB_EXITED;
+    PyObject *events = PyList_New(0);
+    bool added = events != NULL;
+    if (added && self->failed)
+        added = add_event(events, HUB_FAILED, Py_BuildValue("(ii)", self->failed_step, self->failed_error));
+    if (added && (exited || self->stage >= (int)HUB_EXECED))
+        added = add_event(events, HUB_EXECED, PyLong_FromLong(0));
+    added = added && add_output(self, events, 1) && add_output(self, events, 2);
+    if (added && exited)
+        added = add_event(events, HUB_EXITED, PyLong_FromLong(shot->returncode));
+    if (!added) {
+        Py_XDECREF(events);
+        return NULL;
+    }
+    oneshot_end(shot, self->launch);
+    PyObject *woken = wake_waiters(self, ONESHOT_FINISHED, false);
+    if (!woken)
+        Py_CLEAR(events);
+    Py_XDECREF(woken);
     return events;
 }
 
@@ -434,6 +509,8 @@ static PyMethodDef Launch_methods[] = {
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
+    {"set_limit", (PyCFunction)Launch_set_limit, METH_O, NULL},
+    {"stream", (PyCFunction)Launch_stream, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -444,6 +521,7 @@ static PyGetSetDef Launch_getset[] = {
     {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
     {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
     {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
+    {"stage", (getter)Launch_get_stage, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -23,7 +23,7 @@ typedef struct {
     pid_t pid;
     bool contended;
     enum spawn_rung rung;
-    struct one_shot one_shot; /* used where run_process() launches */
+    struct one_shot one_shot; /* used where the launch is in one shot */
     PyObject *waiters;        /* list of Waiter, or NULL */
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
     bool failed;
@@ -33,7 +33,7 @@ typedef struct {
 
 extern PyType_Spec launch_spec;
 
-LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit);
+LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool pauses);
 PyObject *launch_object_fill(LaunchObject *self, struct launch *launch, enum spawn_rung rung);
 const char *launch_rung_name(int rung);
 PyObject *core_raise_errno(int negative);

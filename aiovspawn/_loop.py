@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from . import _launch
 
 T = TypeVar("T")
+Started = tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]
 
 
 class SubprocessMixin(asyncio.AbstractEventLoop):
@@ -22,17 +23,21 @@ class SubprocessMixin(asyncio.AbstractEventLoop):
         program: Any,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]:
+    ) -> Started:
         """Start a program; as loop.subprocess_exec() of asyncio."""
         own = super().subprocess_exec
-        return await _launch.subprocess_exec(self, own, protocol_factory, (program, *args), kwargs)
+        started: Started = await _launch.subprocess_exec(
+            self, own, protocol_factory, (program, *args), kwargs
+        )
+        return started
 
     async def subprocess_shell(  # type: ignore[override]
         self, protocol_factory: Callable[[], asyncio.SubprocessProtocol], cmd: str | bytes, **kwargs: Any
-    ) -> tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]:
+    ) -> Started:
         """Run a command line with the shell; as loop.subprocess_shell() of asyncio."""
         own = super().subprocess_shell
-        return await _launch.subprocess_shell(self, own, protocol_factory, cmd, kwargs)
+        started: Started = await _launch.subprocess_shell(self, own, protocol_factory, cmd, kwargs)
+        return started
 
     def close(self) -> None:
         """Close the loop.

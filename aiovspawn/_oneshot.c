@@ -35,8 +35,7 @@ void oneshot_release_input(struct one_shot *shot)
 void oneshot_clear(struct one_shot *shot)
 {
     oneshot_release_input(shot);
-    Py_CLEAR(shot->captures[0].bytes);
-    Py_CLEAR(shot->captures[1].bytes);
+    oneshot_drop_output(shot);
 }
 
 /* ---- input -------------------------------------------------------------------- */
@@ -132,11 +131,18 @@ static void populate(struct capture *capture)
         (void)madvise((void *)first, end - first, MADV_POPULATE_WRITE);
 }
 
+/* Whether it is to stop at its limit, before which nothing is spent on great speed. */
+static bool is_small(const struct one_shot *shot)
+{
+    return shot->pauses && shot->limit < PY_SSIZE_T_MAX;
+}
+
 /* A short output is copied to where it fits exactly. A long one is read to where it stays,
  * with room to spare: realloc(3) moves its pages, not its bytes. */
-static ssize_t read_once(struct capture *capture, struct launch *launch, enum launch_slot slot, char *scratch)
+static ssize_t read_once(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
 {
-    bool stays = capture->size >= SCRATCH_SIZE && !capture->exceeded;
+    struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
+    bool stays = capture->size >= SCRATCH_SIZE && !capture->exceeded && !is_small(shot);
     if (stays && room(capture) < SCRATCH_SIZE) {
         Py_ssize_t more = capture->size > GROWTH ? capture->size : GROWTH;
         stays = capture->size <= PY_SSIZE_T_MAX - more && resize(capture, capture->size + more);
@@ -169,16 +175,23 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
     struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
     ssize_t got, total = 0;
     do {
-        got = read_once(capture, launch, slot, scratch);
+        got = read_once(shot, launch, slot, scratch);
         total += got > 0 ? got : 0;
-        if (got >= SCRATCH_SIZE)
+        if (got >= SCRATCH_SIZE && !is_small(shot))
             launch_grow_pipe(launch, slot);
-        if (capture->size > shot->limit) {
+        capture->paused = shot->pauses && capture->size > shot->limit;
+        if (!shot->pauses && capture->size > shot->limit) {
             capture->size = shot->limit;
             capture->exceeded = true;
         }
-    } while ((got > 0 && writers_gone && total < most) || got == -EINTR);
+    } while ((got > 0 && writers_gone && total < most && !capture->paused) || got == -EINTR);
     if (got == 0 || (got < 0 && got != -EAGAIN))
+        close_output(capture, launch, slot);
+}
+
+static void watch_output(struct capture *capture, struct launch *launch, enum launch_slot slot)
+{
+    if (launch_watch(launch, slot, true) < 0)
         close_output(capture, launch, slot);
 }
 
@@ -193,20 +206,21 @@ static void settle_output(struct one_shot *shot, const struct hub_event *event, 
         read_output(shot, event->launch, slot, event->writers_gone, QUANTUM, scratch);
     else
         close_output(capture, event->launch, slot);
-    if (capture->open && launch_watch(event->launch, slot, true) < 0)
-        close_output(capture, event->launch, slot);
+    if (capture->open && !capture->paused)
+        watch_output(capture, event->launch, slot);
 }
 
 /* All that an exited process may have left in its pipe; another one may go on writing. */
 static void read_last(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
 {
-    if (!shot->captures[slot - LAUNCH_STDOUT].open)
+    const struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
+    if (!capture->open || capture->paused)
         return;
     int size = fcntl(launch_fd(launch, slot), F_GETPIPE_SZ);
     read_output(shot, launch, slot, true, size > QUANTUM ? size : QUANTUM, scratch);
 }
 
-/* The output of a pipe, None without one; what is not needed of its memory is given back. */
+/* What has been read of a pipe, None without one; what is not needed of its memory is given back. */
 PyObject *oneshot_output(struct one_shot *shot, int fd)
 {
     struct capture *capture = &shot->captures[fd - 1];
@@ -217,6 +231,37 @@ PyObject *oneshot_output(struct one_shot *shot, int fd)
     if (room(capture) > 0 && !resize(capture, capture->size))
         return PyErr_NoMemory();
     return capture->bytes ? Py_NewRef(capture->bytes) : PyBytes_FromStringAndSize(NULL, 0);
+}
+
+/* Whoever was to have it has it. */
+void oneshot_drop_output(struct one_shot *shot)
+{
+    for (int i = 0; i < 2; i++) {
+        Py_CLEAR(shot->captures[i].bytes);
+        shot->captures[i].size = shot->captures[i].populated = 0;
+    }
+}
+
+/* Of one that pauses: a pipe goes on being read that had more than the limit was. */
+void oneshot_set_limit(struct one_shot *shot, struct launch *launch, Py_ssize_t limit)
+{
+    shot->limit = limit;
+    for (int i = 0; i < 2; i++) {
+        struct capture *capture = &shot->captures[i];
+        if (!capture->open || !capture->paused || capture->size > limit)
+            continue;
+        capture->paused = false;
+        watch_output(capture, launch, (enum launch_slot)(LAUNCH_STDOUT + i));
+    }
+}
+
+/* Somebody else reads from now on, and is told all. */
+void oneshot_end(struct one_shot *shot, struct launch *launch)
+{
+    oneshot_drop_output(shot);
+    for (int i = 0; i < 2; i++)
+        shot->captures[i].open = shot->captures[i].piped = false;
+    launch_tell_all(launch);
 }
 
 /* ---- events --------------------------------------------------------------------- */

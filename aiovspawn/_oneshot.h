@@ -1,5 +1,6 @@
 /* What run_process() has of its launch: input to be written, output that is kept, and
- * the one piece of news that all is over.
+ * the one piece of news that all is over. And what a Process has as long as nobody has asked
+ * for its streams: output that is kept, up to a limit, and the news of exec and exit.
  *
  * The binding's second file, since output is read straight into bytes objects. All of
  * it runs in the loop's thread, which holds the GIL, and never inside the table's mutex.
@@ -20,13 +21,15 @@ struct capture {
     bool piped; /* there was a pipe */
     bool open;
     bool exceeded; /* there was more than the limit; the rest is read and dropped */
+    bool paused;   /* the limit is reached; the rest stays in the pipe, which is not watched */
     bool told;     /* of that */
     bool failed;   /* no memory */
 };
 
 struct one_shot {
     struct capture captures[2]; /* stdout, stderr */
-    Py_ssize_t limit;           /* bytes of one pipe that are kept */
+    Py_ssize_t limit;           /* bytes of one pipe that are kept, PY_SSIZE_T_MAX for all */
+    bool pauses;                /* at the limit, instead of dropping the rest */
     Py_buffer input;            /* .obj is NULL when there is none left */
     Py_ssize_t sent;
     bool exited, finished;
@@ -40,6 +43,9 @@ void oneshot_begin(struct one_shot *shot, struct launch *launch);
 int oneshot_feed(struct one_shot *shot, struct launch *launch, PyObject *input);
 int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch);
 PyObject *oneshot_output(struct one_shot *shot, int fd);
+void oneshot_drop_output(struct one_shot *shot);
+void oneshot_set_limit(struct one_shot *shot, struct launch *launch, Py_ssize_t limit);
+void oneshot_end(struct one_shot *shot, struct launch *launch);
 void oneshot_release_input(struct one_shot *shot);
 void oneshot_clear(struct one_shot *shot);
 

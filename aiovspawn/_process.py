@@ -9,14 +9,18 @@ import struct
 from asyncio.subprocess import SubprocessStreamProtocol
 from typing import TYPE_CHECKING, Any, Literal
 
-from ._launch import subprocess_exec, subprocess_shell
+from ._launch import ladder, subprocess_exec, subprocess_shell
 from ._terminal import Terminal
 
 if TYPE_CHECKING:
+    from ._deferred import Deferred
     from ._transport import SubprocessTransport
 
 LIMIT = 2**16
 """Bytes a StreamReader buffers before it pauses reading: asyncio's default."""
+
+OF_STREAMS = frozenset(("_transport", "_protocol", "stdin", "stdout", "stderr"))
+"""Attributes of asyncio.subprocess.Process that need the streams."""
 
 USAGE = struct.Struct("18l")
 """struct rusage: two times, of seconds and microseconds each, then 14 numbers; getrusage(2)."""
@@ -31,6 +35,22 @@ def unpack_usage(usage: bytes | None) -> resource.struct_rusage | None:
     return resource.struct_rusage(fields)
 
 
+class StreamsFactory:
+    """The protocol factory of a process with streams.
+
+    limit: bytes a StreamReader buffers before it stops reading, half of those where it does.
+    """
+
+    __slots__ = ("limit", "loop")
+
+    def __init__(self, limit: int, loop: asyncio.AbstractEventLoop) -> None:
+        self.limit = limit
+        self.loop = loop
+
+    def __call__(self) -> SubprocessStreamProtocol:
+        return SubprocessStreamProtocol(limit=self.limit, loop=self.loop)
+
+
 class Process(asyncio.subprocess.Process):
     """An asyncio.subprocess.Process whose returncode is true when read.
 
@@ -40,6 +60,10 @@ class Process(asyncio.subprocess.Process):
 
     # What the base class sets; a delegated launch has the loop's own transport here.
     _transport: SubprocessTransport
+    _loop: asyncio.AbstractEventLoop
+
+    _deferred: Deferred | None = None
+    """What there is instead, until somebody asks for it or for the streams."""
 
     pty: Terminal | None = None
     """The program's terminal, where pty= has given it one; stdin and stdout are None then."""
@@ -55,9 +79,34 @@ class Process(asyncio.subprocess.Process):
             self.pty = Terminal(self._transport, self.stdout, self.stdin)
             self.stdin = self.stdout = None
 
+    @classmethod
+    def _without_streams(cls, deferred: Deferred, loop: asyncio.AbstractEventLoop) -> Process:
+        self = cls.__new__(cls)
+        self._deferred = deferred
+        self._loop = loop
+        self.pid = deferred.launch.pid
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        deferred = self._deferred
+        if deferred is None or name not in OF_STREAMS:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
+        transport, protocol = deferred.open()
+        self._deferred = None
+        super().__init__(transport, protocol, self._loop)
+        return getattr(self, name)
+
+    def __del__(self) -> None:
+        if self._deferred is not None:
+            self._deferred.let_go()
+
     @property
     def returncode(self) -> int | None:
         """The returncode as the kernel has it now, or None while the process lives."""
+        if self._deferred is not None:
+            return self._deferred.launch.poll()
         transport = self._transport
         return transport.poll() if hasattr(transport, "poll") else transport.get_returncode()
 
@@ -67,8 +116,10 @@ class Process(asyncio.subprocess.Process):
 
         It belongs to the process object: duplicate it to keep it. See pidfd_open(2).
         """
-        transport = self._transport
-        fd = transport.get_pidfd() if hasattr(transport, "get_pidfd") else -1
+        if self._deferred is not None:
+            fd = self._deferred.launch.pidfd
+        else:
+            fd = self._transport.get_pidfd() if hasattr(self._transport, "get_pidfd") else -1
         return fd if fd >= 0 else None
 
     @property
@@ -78,6 +129,8 @@ class Process(asyncio.subprocess.Process):
         None also where the kernel could not tell: the launch was delegated, or
         somebody else has taken the exit status.
         """
+        if self._deferred is not None:
+            return unpack_usage(self._deferred.launch.rusage())
         transport = self._transport
         usage = transport.get_rusage() if hasattr(transport, "get_rusage") else None
         return unpack_usage(usage)
@@ -128,8 +181,20 @@ class Process(asyncio.subprocess.Process):
             raise NotImplementedError(f"{name}() needs the fast path, which is not to be had here")
         return method
 
+    async def wait(self) -> int:
+        """Wait for the exit and return the returncode; see subprocess.Popen.returncode."""
+        if self._deferred is not None:
+            returncode = await self._deferred.wait()
+            if returncode is not None:
+                return returncode
+        return await super().wait()
+
     async def communicate(self, input: bytes | bytearray | memoryview | None = None) -> tuple[Any, Any]:
         """Send input, read all output, wait for the exit; as asyncio's, returns (stdout, stderr)."""
+        if input is None and self._deferred is not None:
+            output = await self._deferred.communicate()
+            if output is not None:
+                return output
         if input is None and self.stdin is None and (self.stdout is None or self.stderr is None):
             # Nothing happens at the same time: spares the three tasks of asyncio's.
             stdout = await self._read_to_end(1, self.stdout)
@@ -146,6 +211,13 @@ class Process(asyncio.subprocess.Process):
         if pipe is not None:
             pipe.close()
         return output
+
+
+def _process_of(started: Any, loop: asyncio.AbstractEventLoop) -> Process:
+    if type(started) is not tuple:
+        return Process._without_streams(started, loop)
+    transport, protocol = started
+    return Process(transport, protocol, loop)
 
 
 async def create_subprocess_exec(
@@ -176,14 +248,11 @@ async def create_subprocess_exec(
     """
     loop = asyncio.get_running_loop()
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
-    transport, protocol = await subprocess_exec(
-        loop,
-        loop.subprocess_exec,
-        lambda: SubprocessStreamProtocol(limit=limit, loop=loop),
-        (program, *args),
-        kwds,
+    factory = StreamsFactory(limit, loop)
+    started = await subprocess_exec(
+        loop, loop.subprocess_exec, factory, (program, *args), kwds, ladder.start_deferred
     )
-    return Process(transport, protocol, loop)
+    return _process_of(started, loop)
 
 
 async def create_subprocess_shell(
@@ -201,7 +270,6 @@ async def create_subprocess_shell(
     """
     loop = asyncio.get_running_loop()
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
-    transport, protocol = await subprocess_shell(
-        loop, loop.subprocess_shell, lambda: SubprocessStreamProtocol(limit=limit, loop=loop), cmd, kwds
-    )
-    return Process(transport, protocol, loop)
+    factory = StreamsFactory(limit, loop)
+    started = await subprocess_shell(loop, loop.subprocess_shell, factory, cmd, kwds, ladder.start_deferred)
+    return _process_of(started, loop)

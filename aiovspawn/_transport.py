@@ -58,7 +58,9 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         request: Request,
         extra: dict[str, Any] | None = None,
         keeps_pidfd: bool = False,
+        launch: _core.Launch | None = None,
     ) -> None:
+        """Launch the request, or take over a launch in one shot."""
         asyncio.SubprocessTransport.__init__(self)
         Attempts.__init__(self, hub, loop, request, None)
         self._info: dict[str, Any] = dict(extra or {})
@@ -74,8 +76,11 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._at_once = False  # in an event of the hub, and not in a callback of the protocol
         self._scheduled = 0  # callbacks that wait for the next turn of the loop
         self.verdict = _core.Waiter(loop)
-        self._attempt()
-        self._closed = False
+        if launch is None:
+            self._attempt()
+            self._closed = False
+        else:
+            self._take_over(launch)
 
     def _attempted(self) -> None:
         launch, request = self._launch, self._request
@@ -90,6 +95,14 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._hub.await_verdict()
         else:
             self._loop.call_soon(self._execed)
+
+    def _take_over(self, launch: _core.Launch) -> None:
+        self._launch = launch
+        self._hub.transports[launch.id] = self
+        self._attempted()
+        self._closed = False
+        for kind, value in launch.stream():
+            self.on_event(kind, value)
 
     async def undo(self) -> None:
         """Leave nothing of a launch nobody waits for any more, whoever cancels that."""
@@ -115,7 +128,8 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             if kind <= 2:
                 self._pipes[kind].on_event(value)
             elif kind == EXITED:
-                self._exited(value)
+                if self._returncode is None:  # else it was known when the launch was taken over
+                    self._exited(value)
             elif kind == EXECED:
                 self._execed()
             elif kind == FAILED:
@@ -442,6 +456,15 @@ async def start_subprocess(
     stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
     request = request_of(args, by_popen, shell, stdio, keywords)
     transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd)
+    await until_it_runs(transport)
+    return transport, protocol
+
+
+async def until_it_runs(transport: SubprocessTransport) -> None:
+    """Wait until a launch is known to have exec'd; raise as subprocess does if it has not.
+
+    Cancelled, it kills the child and waits until that is reaped.
+    """
     try:
         await transport.verdict
     except GeneratorExit:
@@ -450,4 +473,3 @@ async def start_subprocess(
     except BaseException:
         await transport.undo()
         raise
-    return transport, protocol

@@ -13,6 +13,7 @@ typedef struct {
     int stage;                    /* of a launch, that it waits for */
     char blocking;                /* _asyncio_future_blocking */
     bool cancelled, finished;
+    bool left; /* who awaited it was cancelled, and has not come again */
 } Waiter;
 
 PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage)
@@ -28,6 +29,13 @@ PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage)
 int waiter_stage(PyObject *self)
 {
     return ((Waiter *)self)->stage;
+}
+
+/* Whether anybody is to be woken by it, now or when he has come to await it for the first time. */
+bool waiter_is_waiting(PyObject *object)
+{
+    const Waiter *self = (Waiter *)object;
+    return !self->finished && !self->left;
 }
 
 /* Waiter(loop) */
@@ -157,7 +165,7 @@ static PyObject *Waiter_cancel(Waiter *self, PyObject *args, PyObject *kwargs)
         Py_RETURN_FALSE;
     if (wake_soon(self) < 0)
         return NULL;
-    self->cancelled = true;
+    self->cancelled = self->left = true;
     Py_XSETREF(self->message, Py_NewRef(message));
     Py_RETURN_TRUE;
 }
@@ -221,6 +229,7 @@ static PyObject *Waiter_add_done_callback(Waiter *self, PyObject *const *args, P
         return NULL;
     }
     self->callback = Py_NewRef(args[0]);
+    self->left = false;
     Py_XSETREF(self->context, Py_NewRef(args[1]));
     Py_RETURN_NONE;
 }

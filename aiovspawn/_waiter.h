@@ -16,6 +16,7 @@ extern PyType_Spec waiter_spec;
 
 PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage);
 int waiter_stage(PyObject *self);
+bool waiter_is_waiting(PyObject *self);
 PyObject *waiter_finish(PyObject *self, bool at_once, PyObject *error);
 
 #endif

@@ -1,9 +1,9 @@
 /* The epoll set of one event loop: status pipes, pidfds and stdio pipes of all
  * its launches behind one pollable fd, drained in one call.
  *
- * A launch in one shot (struct launch, one_shot) is told less: that its pipes can be
+ * Of a launch in one shot (struct launch, one_shot) less is told: that its pipes can be
  * read, which whoever drains does, that it failed, that it has exited; and of its exec
- * only if a sweep finds it.
+ * only if somebody waits for it (tells_exec) or a sweep finds it.
  */
 #ifndef AIOVSPAWN_HUB_H
 #define AIOVSPAWN_HUB_H

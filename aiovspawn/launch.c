@@ -651,11 +651,12 @@ static uint32_t output_events(const struct launch *launch)
     return launch->one_shot ? EPOLLIN | EPOLLONESHOT : EPOLLIN;
 }
 
-/* A launch in one shot is nobody's to wait for before it is over: the status pipe is
- * looked at when the child has exited or the hub is swept. */
+/* Where nobody waits for the exec, the status pipe is looked at when the child has exited or
+ * the hub is swept. */
 static int watch_ends_locked(struct launch *launch)
 {
-    int result = launch->one_shot ? 0 : hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
+    bool tells_exec = !launch->one_shot || launch->tells_exec;
+    int result = tells_exec ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
     if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
@@ -770,7 +771,7 @@ static void enter_cgroup_locked(struct launch *launch)
  * done in our memory, which nobody else is to see through it. */
 static bool tells_by_memory_locked(const struct block *block, const struct launch_options *options)
 {
-    return options->one_shot && memory_is_shared && spawn_is_detached(options->rung) &&
+    return options->one_shot && !options->tells_exec && memory_is_shared && spawn_is_detached(options->rung) &&
            latest_fd < share_fds_from && !spawn_needs_status_pipe(&block->request);
 }
 
@@ -855,6 +856,7 @@ int launch_start(struct hub *hub, struct block **block, const struct launch_opti
         return -ENOMEM;
     }
     launch->one_shot = options->one_shot;
+    launch->tells_exec = options->tells_exec;
     set_in_flight_locked(launch, true);
     int result = open_and_clone_locked(launch, *block, options, ret_op);
     if (result < 0) {
@@ -1075,6 +1077,17 @@ int launch_watch(struct launch *launch, enum launch_slot slot, bool watch)
     }
     launch_unlock();
     return result;
+}
+
+/* It is no longer in one shot: all is told from now on. Without a hub nothing is. */
+void launch_tell_all(struct launch *launch)
+{
+    launch_lock();
+    launch->one_shot = NULL;
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
+        if (launch->ends.parent[slot] >= 0)
+            (void)hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));
+    launch_unlock();
 }
 
 void launch_close_pipe(struct launch *launch, enum launch_slot slot)

@@ -58,6 +58,7 @@ struct launch {
     struct hub *hub;                /* NULL when no loop watches it */
     uint32_t watched[LAUNCH_SLOTS]; /* epoll events, 0 when not in the epoll set */
     void *one_shot; /* NULL, or whose it is: of such a launch only the end is told, see hub.h */
+    bool tells_exec; /* and its exec, though it is in one shot */
     bool grown[3];  /* pipes made larger by launch_grow_pipe() */
     struct block *block;            /* NULL when the child has left our memory */
     struct spawn_ends ends;
@@ -97,6 +98,7 @@ struct launch_options {
     enum spawn_rung rung;
     bool may_share_fds; /* see shares_fds_locked() */
     void *one_shot;
+    bool tells_exec; /* of a launch in one shot; others always do */
 };
 
 int launch_init(void);
@@ -127,6 +129,7 @@ ssize_t launch_write(struct launch *launch, const void *data, size_t size);
 ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size);
 void launch_grow_pipe(struct launch *launch, enum launch_slot slot);
 int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);
+void launch_tell_all(struct launch *launch);
 void launch_close_pipe(struct launch *launch, enum launch_slot slot);
 
 size_t launch_reap_orphans(void);

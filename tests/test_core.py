@@ -38,7 +38,7 @@ def launch(
     stdio: tuple[int, int, int] = (INHERIT, INHERIT, INHERIT),
     steps: tuple[tuple[int, int, int, bytes | None], ...] = (),
 ) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, stdio, (), steps, True, -1, True, None)
+    return hub.launch((argv[0],), argv, None, stdio, (), steps, True, -1, True, None, False)
 
 
 def wait(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -79,15 +79,15 @@ def test_ids_ascend(hub: _core.Hub) -> None:
     "arguments",
     [
         (),
-        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1, True, None),
-        ((b"/bin/true",), (), None, (0, 1, 2), [], (), True, -1),
-        ((b"/bin/true",), (), None, (0, 1, 2), ("x",), (), True, -1),
-        ((b"/bin/true",), (), None, (0, 1, 2), (), ("x",), True, -1),
-        ((b"/bin/true",), (), None, (0, 1, 2), (), ((1, 2),), True, -1),
-        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1, True, None),
-        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1, True, None),
-        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1, True, None),
-        ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x", True),
+        ((b"/bin/true",), (), None, (0, 1), (), (), True, -1, True, None, False),
+        ((b"/bin/true",), (), None, (0, 1, 2), [], (), True, -1, True, None, False),
+        ((b"/bin/true",), (), None, (0, 1, 2), ("x",), (), True, -1, True, None, False),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), ("x",), True, -1, True, None, False),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), ((1, 2),), True, -1, True, None, False),
+        ((b"/bin/true",), 5, None, (0, 1, 2), (), (), True, -1, True, None, False),
+        ((b"/bin/true",), (1,), None, (0, 1, 2), (), (), True, -1, True, None, False),
+        ((b"/bin/true",), (), 5, (0, 1, 2), (), (), True, -1, True, None, False),
+        ((b"/bin/true",), (), None, (0, 1, 2), (), (), True, "x", True, None, False),
     ],
 )
 def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...]) -> None:
@@ -101,7 +101,7 @@ def test_wrong_types_are_type_errors(hub: _core.Hub, arguments: tuple[Any, ...])
 )
 def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any) -> None:
     with pytest.raises(ValueError, match=r"bad value|no such step"):
-        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True, None)
+        hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True, None, False)
 
 
 def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
@@ -111,7 +111,7 @@ def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
             return "/bin/true"
 
     argv: list[Any] = [Shrinking(), *["x" * 1000] * 100]
-    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True, None)
+    child = hub.launch((b"/bin/true",), argv, None, (INHERIT,) * 3, (), (), True, -1, True, None, False)
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
@@ -148,7 +148,9 @@ for change in ({changes!r}, "os.environ['B'] = 'once more'"):
 
 def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
     environment = [b"V%d=%s" % (i, b"x" * 1000) for i in range(500)]
-    child = hub.launch((b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True, None)
+    child = hub.launch(
+        (b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True, None, False
+    )
     assert wait(hub)[-1] == (child.id, 5, 0)
 
 
@@ -193,7 +195,7 @@ def test_sweep_finds_the_verdict_without_the_pipe(hub: _core.Hub) -> None:
 
 
 def one_shot(hub: _core.Hub, *argv: str, limit: int = -1, stdin: int = PIPE) -> _core.Launch:
-    return hub.launch((argv[0],), argv, None, (stdin, PIPE, PIPE), (), (), True, -1, True, limit)
+    return hub.launch((argv[0],), argv, None, (stdin, PIPE, PIPE), (), (), True, -1, True, limit, False)
 
 
 def finish(hub: _core.Hub) -> list[tuple[int, int, Any]]:
@@ -240,7 +242,7 @@ def test_input_that_nobody_reads_is_dropped(hub: _core.Hub) -> None:
 def test_signal_reaches_the_group_when_its_leader_is_gone(hub: _core.Hub) -> None:
     steps = ((_core.STEP_SETSID, 0, 0, None),)
     argv = ("/bin/sh", "-c", "sleep 1000 & echo ready")
-    child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, INHERIT), (), steps, True, -1, True, -1)
+    child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, INHERIT), (), steps, True, -1, True, -1, False)
     child.keep_pidfd(True)
     events: Events = deque()
     while not events:
@@ -313,6 +315,21 @@ def feed(hub: _core.Hub) -> None:
     assert len(child.output(1)) == 100_000
     forgotten = one_shot(hub, "/bin/cat")
     forgotten.feed(b"x" * 200_000)
+
+
+def streamed(hub: _core.Hub) -> None:
+    argv = ("/bin/sh", "-c", "head -c 60000 /dev/zero")
+    for told in (False, True):
+        child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, PIPE), (), (), True, -1, True, 100, True)
+        child.waiter(object(), 5)  # type: ignore[arg-type]
+        child.set_limit(-1)
+        if told:
+            for _, kind, value in finish(hub):
+                child.on_event(kind, value)
+            assert child.stream()[1][0] == 1
+        else:
+            assert child.stream() == []
+            assert wait(hub)[-1] == (child.id, 5, 0)
 
 
 def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
@@ -508,6 +525,8 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.on_event": awaited,
     "Launch.outcome": awaited,
     "Launch.take_over": taken_over,
+    "Launch.stream": streamed,
+    "Launch.set_limit": streamed,
     "Waiter.get_loop": waiter,
     "Waiter.add_done_callback": waiter,
     "Waiter.cancel": waiter,

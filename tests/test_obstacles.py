@@ -156,7 +156,7 @@ async def test_cancel_while_waiting_for_an_older_launch(tmp_path: Path) -> None:
 async def test_launch_that_waits_for_an_older_one_is_closed_for_good(tmp_path: Path) -> None:
     script, mark = tmp_path / "script", tmp_path / "mark"
     async with older_launch(script, f"#!/bin/sh\ntouch {mark}\n"):
-        younger = aiovspawn.create_subprocess_exec(script)
+        younger = aiovspawn.create_subprocess_exec(script, stdin=-1)  # with a transport from the beginning
         younger.send(None)
         await until_it_waits_for_the_older()
         younger.close()
@@ -316,7 +316,7 @@ os.waitpid(pid, 0x40000000)
 def test_zombie_held_by_a_tracer_does_not_spin_the_loop(python: list[str]) -> None:
     hub = _core.Hub()
     events: deque[Any] = deque()
-    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1, True, None)
+    child = hub.launch((b"/bin/cat",), ("cat",), None, (-1, -4, -4), (), (), True, -1, True, None, False)
     command = [*python, "-c", TRACER, str(child.pid)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tracer:
         assert tracer.stdin is not None

@@ -289,6 +289,7 @@ async def test_paused_pipe_of_a_dead_child_does_not_spin() -> None:
 
 async def test_paused_pipe_of_a_dead_child_is_held_by_its_user_alone() -> None:
     process = await sh("head -c 60000 /dev/zero", stdout=PIPE, limit=100)
+    assert process.stdout is not None
     await process.wait()
     hub = hub_of(asyncio.get_running_loop())
     for _ in range(100):
@@ -296,7 +297,6 @@ async def test_paused_pipe_of_a_dead_child_is_held_by_its_user_alone() -> None:
         if not hub.transports:
             break
     assert not hub.transports
-    assert process.stdout is not None
     assert len(await process.stdout.read()) == 60000
     transport = weakref.ref(process._transport)
     process = await sh("head -c 60000 /dev/zero; sleep 0.01; echo x", stdout=PIPE, limit=100)

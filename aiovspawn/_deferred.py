@@ -1,0 +1,137 @@
+"""A process whose streams nobody has asked for yet.
+
+Most processes are only waited for, or their output is wanted as a whole. Until somebody
+wants more, such a launch is in one shot: its output is kept in C (_oneshot.c), as much as a
+StreamReader would buffer, and the loop hears of its exec and of its end only. Then a
+SubprocessTransport takes it over and tells its protocol what has come so far.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import warnings
+from asyncio.subprocess import SubprocessStreamProtocol
+from subprocess import PIPE
+from typing import TYPE_CHECKING, Any
+
+from ._attempts import launch
+from ._hub import EXECED, EXITED, FINISHED, LoopHub
+from ._request import Request, request_of
+from ._transport import SubprocessTransport, start_subprocess, until_it_runs
+
+if TYPE_CHECKING:
+    from ._process import StreamsFactory
+
+LIMIT_MAX = sys.maxsize // 2
+
+NEED_A_TRANSPORT = frozenset(("preexec_fn", "pty", "cgroup", "extra", "_keeps_pidfd"))
+"""Keywords of launches that are more than a process with output."""
+
+Streams = tuple[SubprocessTransport, SubprocessStreamProtocol]
+
+
+class Deferred:
+    """A launch in one shot that may get streams."""
+
+    __slots__ = ("_factory", "_hub", "_request", "launch")
+
+    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request) -> None:
+        """Launch the request."""
+        self._hub = hub
+        self._factory = factory
+        self._request = request
+        self.launch = launch(hub, request, request.stdio, True, 2 * factory.limit, True)
+        hub.transports[self.launch.id] = self.launch
+        if not hub.sweeping:
+            hub.await_verdict()
+
+    async def wait(self) -> int | None:
+        """Wait for the exit and return the returncode; None: the streams have to tell it."""
+        launch = self.launch
+        await launch.waiter(self._factory.loop, EXITED)
+        return launch.poll() if launch.stage >= EXITED and not launch.status_lost else None
+
+    async def communicate(self) -> tuple[bytes | None, bytes | None] | None:
+        """Wait for the end of the process and of its output, and return that; None: the streams have it."""
+        launch = self.launch
+        launch.set_limit(-1)
+        try:
+            await launch.waiter(self._factory.loop, FINISHED)
+        except BaseException:
+            launch.set_limit(2 * self._factory.limit)
+            raise
+        outcome = None if launch.status_lost else launch.outcome()
+        return outcome and outcome[2:4]
+
+    def open(self) -> Streams:
+        """Open the streams, with what has come so far."""
+        protocol = self._factory()
+        return SubprocessTransport(
+            self._hub, self._factory.loop, protocol, self._request, launch=self.launch
+        ), protocol
+
+    def let_go(self) -> None:
+        """The process object is gone; the launch lives on as one with streams that nobody reads."""
+        if self.launch.stage == FINISHED:
+            return
+        loop = self._factory.loop
+        if loop.is_closed():
+            self.forget()
+            warnings.warn(f"unclosed process {self.launch.pid}", ResourceWarning, source=self, stacklevel=2)
+        elif loop.is_running() and asyncio._get_running_loop() is not loop:
+            loop.call_soon_threadsafe(self.open)  # by the garbage collector, in another thread
+        else:
+            self.open()
+
+    def forget(self) -> None:
+        """Kill the process, without the loop; it is reaped later."""
+        self._hub.transports.pop(self.launch.id, None)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            self.launch.send_signal(signal.SIGKILL)
+        self.launch.close()
+
+
+async def start_deferred(
+    hub: LoopHub,
+    loop: asyncio.AbstractEventLoop,
+    factory: StreamsFactory,
+    args: Any,
+    by_popen: bool,
+    shell: bool,
+    keywords: dict[str, Any],
+) -> Deferred | Streams:
+    """start_subprocess() for a process with streams, which are opened now only where that is needed."""
+    limit = factory.limit
+    if (
+        by_popen
+        or type(limit) is not int
+        or not 0 < limit <= LIMIT_MAX
+        or not NEED_A_TRANSPORT.isdisjoint(keywords)
+        or loop.get_debug()
+    ):
+        return await start_subprocess(hub, loop, factory, args, by_popen, shell, keywords)
+    stdio = keywords.pop("stdin"), keywords.pop("stdout"), keywords.pop("stderr")
+    request = request_of(args, False, shell, stdio, keywords)
+    if request.stdio[0] == PIPE:
+        protocol = factory()
+        transport = SubprocessTransport(hub, loop, protocol, request)
+        await until_it_runs(transport)
+        return transport, protocol
+    deferred = Deferred(hub, factory, request)
+    try:
+        await deferred.launch.waiter(loop, EXECED)
+        if deferred.launch.stage:
+            return deferred
+        transport, protocol = deferred.open()  # it has failed, but may be tried again
+    except GeneratorExit:
+        deferred.forget()  # closed, not cancelled: there may be no loop to wait on
+        raise
+    except BaseException:
+        transport, protocol = deferred.open()
+        await transport.undo()
+        raise
+    await until_it_runs(transport)
+    return transport, protocol

@@ -1,0 +1,334 @@
+"""Processes whose streams nobody has asked for yet: what is kept, and what streams opened late tell."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+import time
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from select import select
+from typing import Any
+
+import pytest
+
+import aiovspawn
+from aiovspawn import _core
+from aiovspawn._deferred import Deferred
+from aiovspawn._hub import EXECED, EXITED, FINISHED, hub_of
+
+LIMIT = 1000
+"""Of the streams: twice that is kept, and what one read(2) more gives."""
+PIPE_SIZE = 65536
+
+
+async def sh(script: str, **keywords: Any) -> aiovspawn.Process:
+    keywords.setdefault("stdout", PIPE)
+    return await aiovspawn.create_subprocess_exec("/bin/sh", "-c", script, limit=LIMIT, **keywords)
+
+
+def deferred(process: aiovspawn.Process) -> Deferred:
+    assert process._deferred is not None
+    return process._deferred
+
+
+def is_open(process: aiovspawn.Process) -> bool:
+    return "_transport" in vars(process)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+async def until_it_blocks(process: aiovspawn.Process) -> None:
+    """Wait until more than the limit has been read, and nobody reads on."""
+    child, before = deferred(process).launch, -1
+    while (now := len(child.output(1) or b"")) <= 2 * LIMIT or now != before:
+        before = now
+        await asyncio.sleep(0.05)
+
+
+async def test_nothing_is_opened_for_who_waits_and_wants_the_output() -> None:
+    process = await sh("echo out; echo err >&2; sleep 0.1; exit 3", stderr=PIPE)
+    assert process.pidfd is not None
+    assert process.returncode is None
+    assert await process.communicate() == (b"out\n", b"err\n")
+    assert await process.wait() == process.returncode == process.poll() == 3
+    assert process.pidfd is None
+    assert process.rusage is not None
+    assert repr(process) == f"<Process {process.pid}>"
+    assert not is_open(process)
+    assert await process.communicate() == (b"", b"")
+    assert process.stdout is not None
+    assert is_open(process)
+    assert await process.stdout.read() == b""
+    assert await process.wait() == 3
+
+
+async def test_without_pipes_there_is_no_output() -> None:
+    process = await sh("echo out", stdout=DEVNULL)
+    assert await process.communicate() == (None, None)
+    assert process.stdout is None
+    process = await sh("echo out; echo err >&2", stderr=STDOUT)
+    assert await process.communicate() == (b"out\nerr\n", None)
+
+
+async def test_unknown_attributes_open_nothing() -> None:
+    process = await sh("exit 0")
+    with pytest.raises(AttributeError, match="no attribute 'stdaux'"):
+        process.stdaux  # type: ignore[attr-defined]  # noqa: B018
+    assert not is_open(process)
+    await process.wait()
+
+
+@pytest.mark.parametrize(
+    "first", ["wait", "communicate", "read"], ids=lambda first: f"{first} after the limit"
+)
+async def test_output_beyond_the_limit_stays_in_the_pipe(first: str) -> None:
+    size = 5_000_000
+    process = await sh(f"head -c {size} /dev/zero; exit 4")
+    child = deferred(process).launch
+    await until_it_blocks(process)
+    kept = len(child.output(1) or b"")
+    assert 2 * LIMIT < kept <= 2 * LIMIT + PIPE_SIZE
+    if first == "wait":
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 0.05)
+        assert not is_open(process)
+    if first == "read":
+        assert process.stdout is not None
+        output = await process.stdout.readexactly(10) + await process.stdout.read()
+    else:
+        output = (await process.communicate())[0]
+    assert output == bytes(size)
+    assert await process.wait() == 4
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_exit_is_told_though_the_output_is_too_long(opened: bool) -> None:
+    process = await sh("head -c 60000 /dev/zero")
+    assert await asyncio.wait_for(process.wait(), 10) == 0
+    if opened:
+        assert process.stdout is not None
+        assert await process.stdout.read() == bytes(60000)
+    else:
+        assert (await process.communicate())[0] == bytes(60000)
+        assert not is_open(process)
+        assert not hub_of(asyncio.get_running_loop()).transports  # type: ignore[union-attr]
+
+
+async def test_wait_is_over_at_the_exit_and_communicate_at_the_end_of_file() -> None:
+    process = await sh("sleep 0.2; echo late; exit 1", stderr=PIPE)
+    assert (await process.communicate())[0] == b"late\n"
+    process = await sh("{ sleep 0.2; echo late; } & exit 1", stderr=PIPE)
+    assert await process.wait() == 1
+    assert deferred(process).launch.stage == EXITED
+    assert await process.communicate() == (b"late\n", b"")
+    assert deferred(process).launch.stage == FINISHED
+    assert not is_open(process)
+
+
+async def test_streams_opened_while_others_wait() -> None:
+    process = await sh("echo first; read x; echo second; exit 5", stdin=await pipe_that_ends(0.3))
+    waiting = [asyncio.create_task(process.wait()) for _ in range(2)]
+    reading = asyncio.create_task(process.communicate())
+    await until(lambda: deferred(process).launch.output(1))
+    assert process.stdout is not None
+    assert is_open(process)
+    assert await reading == (b"first\nsecond\n", None)
+    assert [await task for task in waiting] == [5, 5]
+
+
+async def pipe_that_ends(delay: float) -> int:
+    """A file descriptor that is at its end after so many seconds; the caller's, closed then too."""
+    read, write = os.pipe()
+    loop = asyncio.get_running_loop()
+    loop.call_later(delay, lambda: (os.close(write), os.close(read)))
+    return read
+
+
+async def test_signals_open_the_streams_and_wake_who_waits() -> None:
+    process = await sh("exec sleep 1000")
+    waiting = asyncio.create_task(process.wait())
+    await asyncio.sleep(0)
+    process.terminate()
+    assert await waiting == -signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        process.kill()
+
+
+async def test_cancelled_communicate_loses_nothing_and_restores_the_limit() -> None:
+    process = await sh("echo first; sleep 0.2; head -c 1000000 /dev/zero")
+    task = asyncio.create_task(process.communicate())
+    await until(lambda: deferred(process).launch.output(1))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until_it_blocks(process)
+    assert len(deferred(process).launch.output(1) or b"") <= 2 * LIMIT + PIPE_SIZE
+    assert (await process.communicate())[0] == b"first\n" + bytes(1_000_000)
+    assert not is_open(process)
+
+
+async def test_cancelled_waits_leave_nothing_behind() -> None:
+    process = await sh("exec sleep 1000")
+    for _ in range(20):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(process.wait(), 0.001)
+    (waiters,) = (kept for kept in gc.get_referents(deferred(process).launch) if type(kept) is list)
+    assert len(waiters) <= 1
+    process.kill()
+    await process.wait()
+
+
+@pytest.mark.parametrize("script", ["sleep 0.1", "echo output; sleep 0.1; echo more"])
+async def test_process_that_nobody_holds_is_reaped(script: str) -> None:
+    hub = hub_of(asyncio.get_running_loop())
+    assert hub is not None
+    process = await sh(script)
+    pid = process.pid
+    del process
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+    await until(lambda: not hub.transports)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_output_of_the_dead_that_nobody_holds_is_dropped() -> None:
+    hub = hub_of(asyncio.get_running_loop())
+    assert hub is not None
+    process = await sh("head -c 60000 /dev/zero")
+    await process.wait()
+    assert len(hub.transports) == 1
+    fds = len(os.listdir("/proc/self/fd"))
+    del process
+    await until(lambda: not hub.transports)
+    gc.collect()
+    await until(lambda: len(os.listdir("/proc/self/fd")) < fds)
+
+
+async def test_process_is_dropped_in_another_thread() -> None:
+    hub = hub_of(asyncio.get_running_loop())
+    assert hub is not None
+    held = [await sh("sleep 0.2; echo output")]
+    pid = held[0].pid
+    thread = threading.Thread(target=held.clear)
+    thread.start()
+    thread.join()
+    await until(lambda: not any(isinstance(held, _core.Launch) for held in hub.transports.values()))
+    await until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_loop_that_is_closed_kills_and_warns() -> None:
+    async def main() -> aiovspawn.Process:
+        return await sh("exec sleep 1000")
+
+    process = aiovspawn.run(main())
+    pid = process.pid
+    assert process.returncode is None
+    with pytest.warns(ResourceWarning, match=f"unclosed process {pid}"):
+        del process
+    while _core.reap_orphans():
+        time.sleep(0.001)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_streams_are_opened_after_the_loop_was_closed() -> None:
+    async def main() -> aiovspawn.Process:
+        process = await sh("echo output")
+        await process.wait()
+        return process
+
+    process = aiovspawn.run(main())
+    assert process.returncode == 0
+    assert process.stdout is not None
+    assert process.stdout._buffer == b"output\n"  # type: ignore[attr-defined]
+
+
+Use = Callable[[aiovspawn.Process], Awaitable[object]]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda process: process.wait(),
+        lambda process: process.communicate(),
+        lambda process: process.stdout.read(),
+    ],
+    ids=["wait", "communicate", "read"],
+)
+async def test_exit_status_that_somebody_else_has_taken(use: Use, caplog: pytest.LogCaptureFixture) -> None:
+    process = await sh("sleep 0.1; exit 7")
+    os.waitpid(process.pid, 0)
+    await use(process)
+    known = await process.wait()
+    assert known in (7, 255)  # Linux 6.15 knows
+    warned = [record for record in caplog.records if "Unknown child process" in record.message]
+    assert len(warned) == (known == 255)
+
+
+async def test_debug_mode_has_a_transport_from_the_beginning() -> None:
+    asyncio.get_running_loop().set_debug(True)
+    process = await sh("echo output")
+    assert is_open(process)
+    assert (await process.communicate())[0] == b"output\n"
+
+
+# ---- the core's part -----------------------------------------------------------------
+
+
+def launch(hub: _core.Hub, script: str, limit: int = 100) -> _core.Launch:
+    argv = ("/bin/sh", "-c", script)
+    return hub.launch(argv[:1], argv, None, (-3, PIPE, PIPE), (), (), True, -1, True, limit, True)
+
+
+def drain(hub: _core.Hub, child: _core.Launch, stage: int) -> None:
+    """Tell a launch what the hub has for it, up to a stage."""
+    events: deque[tuple[int, int, Any]] = deque()
+    while child.stage < stage:
+        select([hub.fileno()], [], [], 10)
+        hub.drain(events)
+        while events:
+            key, kind, value = events.popleft()
+            assert key == child.id
+            child.on_event(kind, value)
+
+
+def test_stream_of_the_core_tells_what_has_come() -> None:
+    hub = _core.Hub()
+    child = launch(hub, "exec sleep 1000")
+    assert child.stream() == []
+    child.send_signal(signal.SIGKILL)
+
+    child = launch(hub, "exec sleep 1000")
+    drain(hub, child, EXECED)
+    assert child.stream() == [(EXECED, 0)]
+    child.send_signal(signal.SIGKILL)
+
+    child = launch(hub, "echo out; echo err >&2; exit 3")
+    drain(hub, child, FINISHED)
+    assert child.stream() == [
+        (EXECED, 0), (1, b"out\n"), (1, b""), (2, b"err\n"), (2, b""), (EXITED, 3)
+    ]  # fmt: skip
+    assert child.stream() == [(EXECED, 0), (EXITED, 3)]
+    assert child.outcome() == (3, child.pid, None, None, child.rusage())
+
+    child = launch(hub, "head -c 60000 /dev/zero")
+    drain(hub, child, EXITED)
+    events = child.stream()
+    assert [(kind, len(value) if kind == 1 else value) for kind, value in events] == [
+        (EXECED, 0), (1, len(events[1][1])), (2, b""), (EXITED, 0)
+    ]  # fmt: skip
+    assert 100 < len(events[1][1]) <= 60000  # what one read(2) has given
+
+    with pytest.raises(OverflowError):
+        child.set_limit(2**70)
+    with pytest.raises(TypeError):
+        child.set_limit("x")  # type: ignore[arg-type]
+    while _core.reap_orphans():
+        time.sleep(0.001)
