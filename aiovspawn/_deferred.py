@@ -17,6 +17,7 @@ from asyncio.subprocess import SubprocessStreamProtocol
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
+from . import _core
 from ._attempts import launch
 from ._hub import EXECED, EXITED, FINISHED, LoopHub
 from ._request import Request, request_of
@@ -36,17 +37,15 @@ Streams = tuple[SubprocessTransport, SubprocessStreamProtocol]
 class Deferred:
     """A launch in one shot that may get streams."""
 
-    __slots__ = ("_factory", "_hub", "_request", "launch")
+    __slots__ = ("_factory", "_hub", "_over", "_readers", "_request", "launch")
 
-    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request) -> None:
-        """Launch the request."""
+    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request, launch: _core.Launch) -> None:
         self._hub = hub
         self._factory = factory
         self._request = request
-        self.launch = launch(hub, request, request.stdio, True, 2 * factory.limit, True)
-        hub.transports[self.launch.id] = self.launch
-        if not hub.sweeping:
-            hub.await_verdict()
+        self.launch = launch
+        self._readers = 0
+        self._over = False
 
     async def wait(self) -> int | None:
         """Wait for the exit and return the returncode; None: the streams have to tell it."""
@@ -58,40 +57,48 @@ class Deferred:
         """Wait for the end of the process and of its output, and return that; None: the streams have it."""
         launch = self.launch
         launch.set_limit(-1)
+        self._readers += 1
         try:
             await launch.waiter(self._factory.loop, FINISHED)
-        except BaseException:
-            launch.set_limit(2 * self._factory.limit)
-            raise
+        finally:
+            self._readers -= 1
+            if self._readers == 0:
+                launch.set_limit(2 * self._factory.limit)
         outcome = None if launch.status_lost else launch.outcome()
         return outcome and outcome[2:4]
 
     def open(self) -> Streams:
         """Open the streams, with what has come so far."""
+        self._over = True
         protocol = self._factory()
-        return SubprocessTransport(
+        transport = SubprocessTransport(
             self._hub, self._factory.loop, protocol, self._request, launch=self.launch
-        ), protocol
+        )
+        return transport, protocol
 
-    def let_go(self) -> None:
-        """The process object is gone; the launch lives on as one with streams that nobody reads."""
-        if self.launch.stage == FINISHED:
+    def forget(self) -> None:
+        """Kill the process, without the loop; it is reaped later."""
+        self._over = True
+        self._hub.transports.pop(self.launch.id, None)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            self.launch.send_signal(signal.SIGKILL)
+        self.launch.close()
+
+    def __del__(self) -> None:
+        """The process object is gone: the launch lives on as one with streams that nobody reads."""
+        if self._over or self.launch.stage == FINISHED:
             return
         loop = self._factory.loop
         if loop.is_closed():
             self.forget()
             warnings.warn(f"unclosed process {self.launch.pid}", ResourceWarning, source=self, stacklevel=2)
         elif loop.is_running() and asyncio._get_running_loop() is not loop:
-            loop.call_soon_threadsafe(self.open)  # by the garbage collector, in another thread
+            # By the garbage collector, in another thread. If the loop is closed first, there is this again.
+            again = Deferred(self._hub, self._factory, self._request, self.launch)
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(again.open)
         else:
             self.open()
-
-    def forget(self) -> None:
-        """Kill the process, without the loop; it is reaped later."""
-        self._hub.transports.pop(self.launch.id, None)
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            self.launch.send_signal(signal.SIGKILL)
-        self.launch.close()
 
 
 async def start_deferred(
@@ -120,10 +127,14 @@ async def start_deferred(
         transport = SubprocessTransport(hub, loop, protocol, request)
         await until_it_runs(transport)
         return transport, protocol
-    deferred = Deferred(hub, factory, request)
+    started = launch(hub, request, request.stdio, True, 2 * limit, True)
+    deferred = Deferred(hub, factory, request, started)
+    hub.transports[started.id] = started
     try:
-        await deferred.launch.waiter(loop, EXECED)
-        if deferred.launch.stage:
+        if not hub.sweeping:
+            hub.await_verdict()
+        await started.waiter(loop, EXECED)
+        if started.stage:
             return deferred
         transport, protocol = deferred.open()  # it has failed, but may be tried again
     except GeneratorExit:

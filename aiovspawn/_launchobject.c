@@ -35,7 +35,7 @@ LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool p
         self->one_shot = (struct one_shot){.limit = limit, .pauses = pauses};
         self->waiters = NULL;
         self->stage = 0;
-        self->failed = false;
+        self->failed = self->streamed = false;
         self->exceeded = 0;
         PyObject_GC_Track(self);
     }
@@ -390,7 +390,7 @@ static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_s
  * it is to be taken over. The output is given away: there is none when it is asked for again. */
 static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
-    if (self->exceeded || self->stage < (int)ONESHOT_FINISHED)
+    if (self->exceeded || self->streamed || self->stage < (int)ONESHOT_FINISHED)
         Py_RETURN_NONE;
     PyObject *outcome = PyTuple_New(5);
     PyObject *items[] = {
@@ -469,21 +469,24 @@ static PyObject *Launch_stream(LaunchObject *self, PyObject *Py_UNUSED(unused))
     bool exited = shot->exited || self->stage >= (int)HUB_EXITED;
     PyObject *events = PyList_New(0);
     bool added = events != NULL;
-    if (added && self->failed)
+    if (added && self->failed) { /* of the pipes of a failed child nobody is to hear */
         added = add_event(events, HUB_FAILED, Py_BuildValue("(ii)", self->failed_step, self->failed_error));
-    if (added && (exited || self->stage >= (int)HUB_EXECED))
-        added = add_event(events, HUB_EXECED, PyLong_FromLong(0));
-    added = added && add_output(self, events, 1) && add_output(self, events, 2);
-    if (added && exited)
-        added = add_event(events, HUB_EXITED, PyLong_FromLong(shot->returncode));
+    } else {
+        if (added && (exited || self->stage >= (int)HUB_EXECED))
+            added = add_event(events, HUB_EXECED, PyLong_FromLong(0));
+        added = added && add_output(self, events, 1) && add_output(self, events, 2);
+        if (added && exited)
+            added = add_event(events, HUB_EXITED, PyLong_FromLong(shot->returncode));
+    }
     if (!added) {
         Py_XDECREF(events);
         return NULL;
     }
+    self->streamed = true;
     oneshot_end(shot, self->launch);
     PyObject *woken = wake_waiters(self, ONESHOT_FINISHED, false);
     if (!woken)
-        Py_CLEAR(events);
+        PyErr_WriteUnraisable((PyObject *)self); /* the loop is closed: what there is to be told is not lost */
     Py_XDECREF(woken);
     return events;
 }

@@ -27,6 +27,7 @@ typedef struct {
     PyObject *waiters;        /* list of Waiter, or NULL */
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
     bool failed;
+    bool streamed; /* somebody else has been given what had come */
     int failed_step, failed_error;
     int exceeded; /* 1 or 2, whose output was too long; 0 for none */
 } LaunchObject;

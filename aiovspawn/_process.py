@@ -98,10 +98,6 @@ class Process(asyncio.subprocess.Process):
         super().__init__(transport, protocol, self._loop)
         return getattr(self, name)
 
-    def __del__(self) -> None:
-        if self._deferred is not None:
-            self._deferred.let_go()
-
     @property
     def returncode(self) -> int | None:
         """The returncode as the kernel has it now, or None while the process lives."""

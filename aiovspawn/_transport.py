@@ -83,23 +83,26 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._take_over(launch)
 
     def _attempted(self) -> None:
-        launch, request = self._launch, self._request
         if self._keeps_pidfd:
-            launch.keep_pidfd(True)
-        self._pipes: dict[int, ReadPipe | WritePipe] = {
-            fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
-            for fd, plan in enumerate(request.stdio)
-            if plan == PIPE or (plan == TERMINAL and fd < 2)
-        }
-        if request.popen is None:
+            self._launch.keep_pidfd(True)
+        self._make_pipes()
+        if self._request.popen is None:
             self._hub.await_verdict()
         else:
             self._loop.call_soon(self._execed)
 
+    def _make_pipes(self) -> None:
+        launch = self._launch
+        self._pipes: dict[int, ReadPipe | WritePipe] = {
+            fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
+            for fd, plan in enumerate(self._request.stdio)
+            if plan == PIPE or (plan == TERMINAL and fd < 2)
+        }
+
     def _take_over(self, launch: _core.Launch) -> None:
         self._launch = launch
         self._hub.transports[launch.id] = self
-        self._attempted()
+        self._make_pipes()
         self._closed = False
         for kind, value in launch.stream():
             self.on_event(kind, value)

@@ -20,7 +20,7 @@ import pytest
 import aiovspawn
 from aiovspawn import _core
 from aiovspawn._deferred import Deferred
-from aiovspawn._hub import EXECED, EXITED, FINISHED, hub_of
+from aiovspawn._hub import EXECED, EXITED, FINISHED, SWEEP_INTERVAL, hub_of
 
 LIMIT = 1000
 """Of the streams: twice that is kept, and what one read(2) more gives."""
@@ -238,16 +238,65 @@ def test_loop_that_is_closed_kills_and_warns() -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
-def test_streams_are_opened_after_the_loop_was_closed() -> None:
-    async def main() -> aiovspawn.Process:
-        process = await sh("echo output")
-        await process.wait()
-        return process
+async def hold(script: str) -> aiovspawn.Process:
+    process = await sh(script)
+    await asyncio.sleep(2 * SWEEP_INTERVAL)  # nothing of the hub's is scheduled any more
+    return process
 
-    process = aiovspawn.run(main())
+
+def test_streams_are_opened_after_the_loop_was_closed() -> None:
+    process = aiovspawn.run(hold("echo output"))
     assert process.returncode == 0
     assert process.stdout is not None
     assert process.stdout._buffer == b"output\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_kill_after_the_loop_was_closed() -> None:
+    process = aiovspawn.run(hold("exec sleep 1000"))
+    process.kill()
+    while process.returncode is None:
+        time.sleep(0.001)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+def test_output_is_not_lost_with_a_loop_that_was_closed_while_a_task_waited() -> None:
+    loop = aiovspawn.new_event_loop()
+    process = loop.run_until_complete(hold("echo output; exec sleep 1000"))
+    waiting = loop.create_task(process.wait())
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert process.stdout is not None
+    assert process.stdout._buffer == b"output\n"  # type: ignore[attr-defined]
+    process.kill()
+    waiting._log_destroy_pending = False  # type: ignore[attr-defined]
+    del waiting
+
+
+async def test_who_is_woken_first_opens_the_streams() -> None:
+    process = await sh("sleep 0.1; echo output; exit 3")
+
+    async def watch() -> None:
+        await process.wait()
+        with pytest.raises(ProcessLookupError):
+            process.kill()
+
+    for start in (asyncio.create_task(watch()), asyncio.create_task(process.communicate())):
+        await asyncio.sleep(0)
+        assert not start.done()
+    assert await process.communicate() in ((b"output\n", None), (b"", None))
+    assert await start in ((b"output\n", None), (b"", None))
+    assert is_open(process)
+
+
+async def test_cancelled_communicate_leaves_the_limit_to_others() -> None:
+    process = await sh("sleep 0.1; head -c 1000000 /dev/zero")
+    cancelled = asyncio.create_task(process.communicate())
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    assert len((await process.communicate())[0]) == 1_000_000
+    assert cancelled.cancelled()
 
 
 Use = Callable[[aiovspawn.Process], Awaitable[object]]
@@ -316,7 +365,7 @@ def test_stream_of_the_core_tells_what_has_come() -> None:
         (EXECED, 0), (1, b"out\n"), (1, b""), (2, b"err\n"), (2, b""), (EXITED, 3)
     ]  # fmt: skip
     assert child.stream() == [(EXECED, 0), (EXITED, 3)]
-    assert child.outcome() == (3, child.pid, None, None, child.rusage())
+    assert child.outcome() is None
 
     child = launch(hub, "head -c 60000 /dev/zero")
     drain(hub, child, EXITED)

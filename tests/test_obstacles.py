@@ -125,17 +125,22 @@ async def until_it_waits_for_the_older() -> None:
 
 
 # Not on vfork: there the older launch has exec'd when the loop goes on.
+@pytest.mark.parametrize("stdin", [-1, None], ids=["with stdin", "without stdin"])
 @pytest.mark.parametrize("rung", ["detached-clone3", "detached-clone", "fork"])
-async def test_program_written_while_an_older_launch_is_before_its_exec(tmp_path: Path, rung: str) -> None:
+async def test_program_written_while_an_older_launch_is_before_its_exec(
+    tmp_path: Path, rung: str, stdin: int | None
+) -> None:
     script = tmp_path / "script"
     ladder.force(rung)
     try:
-        async with older_launch(script, "#!/bin/sh\nread line; echo $line; exit 7\n") as older:
+        async with older_launch(script, "#!/bin/sh\necho $1; exit 7\n") as older:
             assert not older.done()
-            process = await aiovspawn.create_subprocess_exec(script, stdin=-1, stdout=-1, stderr=-1)
+            process = await aiovspawn.create_subprocess_exec(
+                script, "line", stdin=stdin, stdout=-1, stderr=-1
+            )
             assert process._transport._retries > 0
             assert older.done()
-            assert await process.communicate(b"line\n") == (b"line\n", b"")
+            assert await process.communicate(b"" if stdin else None) == (b"line\n", b"")
             assert process.returncode == 7
     finally:
         ladder.force(None)
