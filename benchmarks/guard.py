@@ -30,7 +30,7 @@ FIGURES = Path(__file__).with_suffix(".json")
 FEW, MANY = 50, 250
 LAUNCHES = MANY - FEW
 TOLERANCE = 0.1
-RUNS = {"run_process_captured": 5, "create_captured": 3}
+RUNS = {"run_process_captured": 5, "create_captured": 3, "loop_captured": 3}
 """Of which the least counts: how often the loop wakes up for two pipes and an exit is chance."""
 PROGRAM = """
 import asyncio, sys
@@ -50,7 +50,13 @@ async def create_captured():
     process = await aiovspawn.create_subprocess_exec("/bin/echo", "hello", stdout=PIPE)
     await process.communicate()
 
+async def loop_captured():
+    process = await asyncio.create_subprocess_exec("/bin/echo", "hello", stdout=PIPE)
+    await process.communicate()
+
 async def main():
+    if sys.argv[1] == "loop_captured":
+        aiovspawn.attach(asyncio.get_running_loop())
     for _ in range(int(sys.argv[2])):
         await globals()[sys.argv[1]]()
 
@@ -64,6 +70,7 @@ CASES: dict[str, set[str]] = {
     "run_process_captured": READS,
     "create": {"epoll_wait"},
     "create_captured": READS,
+    "loop_captured": READS,
 }
 """What is not compared, by case."""
 # The same everywhere: hash seeds and addresses change paths through dicts, the environment is copied.
