@@ -270,6 +270,8 @@ def test_output_is_not_lost_with_a_loop_that_was_closed_while_a_task_waited() ->
     assert process.stdout is not None
     assert process.stdout._buffer == b"output\n"  # type: ignore[attr-defined]
     process.kill()
+    while process.returncode is None:
+        time.sleep(0.001)
     waiting._log_destroy_pending = False  # type: ignore[attr-defined]
     del waiting
 
