@@ -134,6 +134,7 @@ class LoopHub:
     def _poll_launch(self, launch: Launch) -> None:
         returncode = launch.poll()
         if returncode is not None:
+            self.transports.pop(launch.id, None)
             launch.on_event(EXITED, returncode)
 
     def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:

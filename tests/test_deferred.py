@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import threading
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
@@ -299,6 +300,29 @@ async def test_cancelled_communicate_leaves_the_limit_to_others() -> None:
     cancelled.cancel()
     assert len((await process.communicate())[0]) == 1_000_000
     assert cancelled.cancelled()
+
+
+FORKED_LOOP = """
+import asyncio, os, aiovspawn
+from aiovspawn._hub import hub_of
+loop = aiovspawn.new_event_loop()
+async def start():
+    return await aiovspawn.create_subprocess_exec("sleep", "0.2"), hub_of(asyncio.get_running_loop())
+process, hub = loop.run_until_complete(start())
+if os.fork() == 0:
+    returncode = loop.run_until_complete(asyncio.wait_for(process.wait(), 10))
+    loop.run_until_complete(asyncio.sleep(0.3))
+    print(returncode, len(hub.transports), hub.sweeping, flush=True)
+    os._exit(0)
+os.wait()
+os._exit(0)
+"""
+
+
+def test_forked_child_does_not_look_for_an_exit_that_has_come(python: list[str]) -> None:
+    said = subprocess.check_output([*python[:1], "-W", "ignore", "-c", FORKED_LOOP], text=True).split()
+    assert said[0] in ("0", "255")  # what the pidfd of a stranger tells depends on the kernel
+    assert said[1:] == ["0", "False"]
 
 
 Use = Callable[[aiovspawn.Process], Awaitable[object]]
