@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ._process import StreamsFactory
 
 LIMIT_MAX = sys.maxsize // 2
+"""Bytes; twice as many are kept."""
 
 NEED_A_TRANSPORT = frozenset(("preexec_fn", "pty", "cgroup", "extra", "_keeps_pidfd"))
 """Keywords of launches that are more than a process with output."""

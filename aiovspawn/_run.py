@@ -168,8 +168,6 @@ async def run_process(
                     ended.expire_after(timeout)
                 await ended
                 outcome = ended.outcome()
-            else:
-                hub.transports.pop(launch.id, None)
         except GeneratorExit:
             # Closed, not cancelled: there may be no loop to wait on.
             (ended or one_shot.OneShot(hub, loop, request, None, limits, launch)).forget()
