@@ -708,6 +708,16 @@ static PyObject *core_share_fds_from(PyObject *Py_UNUSED(module), PyObject *argu
     Py_RETURN_NONE;
 }
 
+/* quiet_time(nanoseconds): for how long the output of a one-shot is not watched at first. */
+static PyObject *core_quiet_time(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long time = PyLong_AsUnsignedLong(argument);
+    if (time == (unsigned long)-1 && PyErr_Occurred())
+        return NULL;
+    hub_set_quiet_time(time);
+    Py_RETURN_NONE;
+}
+
 /* probe(name) -> 0 if the kernel allows it here, else the errno it answers with. */
 static PyObject *core_probe(PyObject *Py_UNUSED(module), PyObject *name)
 {
@@ -748,6 +758,7 @@ static PyMethodDef core_methods[] = {
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
     {"share_fds_from", core_share_fds_from, METH_O, NULL},
+    {"quiet_time", core_quiet_time, METH_O, NULL},
     {"probe", core_probe, METH_O, NULL},
     {"counts", core_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -177,8 +177,11 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
     do {
         got = read_once(shot, launch, slot, scratch);
         total += got > 0 ? got : 0;
-        if (got >= SCRATCH_SIZE && !is_small(shot))
-            launch_grow_pipe(launch, slot);
+        if (got >= SCRATCH_SIZE) {
+            launch_note_bulk(launch);
+            if (!is_small(shot))
+                launch_grow_pipe(launch, slot);
+        }
         capture->paused = shot->pauses && capture->size > shot->limit;
         if (!shot->pauses && capture->size > shot->limit) {
             capture->size = shot->limit;
@@ -213,11 +216,15 @@ static void settle_output(struct one_shot *shot, const struct hub_event *event, 
 /* All that an exited process may have left in its pipe; another one may go on writing. */
 static void read_last(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
 {
-    const struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
+    struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
     if (!capture->open || capture->paused)
         return;
-    int size = fcntl(launch_fd(launch, slot), F_GETPIPE_SZ);
-    read_output(shot, launch, slot, true, size > QUANTUM ? size : QUANTUM, scratch);
+    read_output(shot, launch, slot, true, QUANTUM, scratch);
+    int size = capture->open ? fcntl(launch_fd(launch, slot), F_GETPIPE_SZ) : 0;
+    if (size > QUANTUM && !capture->paused)
+        read_output(shot, launch, slot, true, size - QUANTUM, scratch);
+    if (capture->open && !capture->paused)
+        watch_output(capture, launch, slot); /* it may not have been yet */
 }
 
 /* What has been read of a pipe, None without one; what is not needed of its memory is given back. */

@@ -15,11 +15,21 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <time.h>
 #include <unistd.h>
 
 /* A launch is aligned to more than LAUNCH_SLOTS bytes, so the slot fits below its address. */
 enum { SLOT_MASK = 7 };
 _Static_assert(LAUNCH_SLOTS <= SLOT_MASK + 1, "the slot must fit into three bits");
+
+enum {
+    QUIET_TIME = 2000000, /* nanoseconds: most programs that write little are over by then */
+    QUIET_MAX = 4,        /* of more launches at a time the events come together anyway */
+    BULK_LAUNCHES = 16,
+};
+
+static uint64_t quiet_time = QUIET_TIME;
 
 static const enum hub_event_kind pipe_kind[] = {
     [LAUNCH_STDIN] = HUB_STDIN,
@@ -39,6 +49,7 @@ int hub_new(struct hub **ret_hub)
         return fd;
     }
     hub->epoll_fd = fd;
+    hub->timer_fd = -1;
     hub->generation = launch_generation();
     *ret_hub = hub;
     return 0;
@@ -53,13 +64,16 @@ void hub_close(struct hub *hub)
             continue;
         for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
             hub_unwatch_locked(launch, (enum launch_slot)slot);
+        hub_end_quiet_locked(launch);
         launch->hub = NULL;
     }
-    int fd = hub->epoll_fd;
-    hub->epoll_fd = -1;
+    int fd = hub->epoll_fd, timer_fd = hub->timer_fd;
+    hub->epoll_fd = hub->timer_fd = -1;
     launch_unlock();
     if (fd >= 0)
         (void)close(fd);
+    if (timer_fd >= 0)
+        (void)close(timer_fd);
 }
 
 void hub_free(struct hub *hub)
@@ -96,7 +110,119 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
     launch->watched[slot] = 0;
 }
 
+/* ---- quiet launches -------------------------------------------------------------
+
+ * Of a one-shot it is the exit that matters, at which all that it has written is read: to be
+ * woken up for each of its writes costs more than it brings. So at first its output is not
+ * watched; but if the child lives on it may come to fill its pipe, and would wait.
+ */
+
+static uint64_t now(void)
+{
+    struct timespec time = {0};
+    (void)clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+/* Edge-triggered: what has been told need not be read. timerfd_create(2) */
+static int make_timer(struct hub *hub)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = 0};
+    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    fd = fd < 0 ? -errno : spawn_raise_fd(fd);
+    if (fd >= 0 && epoll_ctl(hub->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
+        int result = -errno;
+        (void)close(fd);
+        return result;
+    }
+    if (fd >= 0)
+        hub->timer_fd = fd;
+    return fd < 0 ? fd : 0;
+}
+
+static int set_timer(const struct hub *hub, uint64_t time)
+{
+    struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
+    return timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
+}
+
+/* Leaves the output of a one-shot unwatched for now; where that cannot be, or is not worth
+ * while, -errno. */
+int hub_watch_later_locked(struct launch *launch)
+{
+    struct hub *hub = launch->hub;
+    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        return -EBADF;
+    if (hub->bulk > 0 || hub->quiet >= QUIET_MAX) {
+        hub->bulk -= hub->bulk > 0;
+        return -EBUSY;
+    }
+    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
+    launch->quiet_since = now();
+    if (result == 0 && hub->quiet == 0) /* else it is set for an older one */
+        result = set_timer(hub, launch->quiet_since + quiet_time);
+    if (result == 0) {
+        launch->quiet = true;
+        hub->quiet++;
+    }
+    return result;
+}
+
+/* For tests and benchmarks, before the first launch. */
+void hub_set_quiet_time(uint64_t nanoseconds)
+{
+    launch_lock();
+    quiet_time = nanoseconds;
+    launch_unlock();
+}
+
+/* It has exited, or is watched, or closed. */
+void hub_end_quiet_locked(struct launch *launch)
+{
+    if (launch->quiet)
+        launch->hub->quiet--;
+    launch->quiet = false;
+}
+
+/* A program has filled its pipe: the next ones will do so too. */
+void hub_note_bulk_locked(struct hub *hub)
+{
+    if (hub)
+        hub->bulk = BULK_LAUNCHES;
+}
+
 /* ---- draining ----------------------------------------------------------------- */
+
+/* One that the kernel refuses to watch is tried again when the next one's time has come. */
+static bool watch_output_locked(struct launch *launch)
+{
+    int result = 0;
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
+        if (launch->ends.parent[slot] >= 0 && !launch->watched[slot])
+            result = hub_watch_locked(launch, (enum launch_slot)slot, EPOLLIN | EPOLLONESHOT);
+    return result == 0;
+}
+
+/* Some quiet launch's time has come. The youngest are the first in the table. */
+static void drain_timer(struct hub *hub)
+{
+    uint64_t time = now(), next = UINT64_MAX;
+    size_t left = hub->quiet;
+    for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
+        if (launch->hub != hub || !launch->quiet)
+            continue;
+        left--;
+        uint64_t end = launch->quiet_since + quiet_time;
+        if (end > time)
+            next = end < next ? end : next;
+        else if (watch_output_locked(launch))
+            hub_end_quiet_locked(launch);
+        else
+            next = time + quiet_time < next ? time + quiet_time : next;
+    }
+    if (next != UINT64_MAX)
+        (void)set_timer(hub, next);
+}
 
 static struct hub_event *add_event(struct hub *hub, struct launch *launch, enum hub_event_kind kind, int value)
 {
@@ -131,6 +257,7 @@ static void drain_pidfd(struct hub *hub, struct launch *launch)
         (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | (launch->held ? EPOLLET : EPOLLONESHOT));
         return;
     }
+    hub_end_quiet_locked(launch);
     drain_status(hub, launch);
     if (launch->keeps_pidfd)
         hub_unwatch_locked(launch, LAUNCH_PIDFD);
@@ -203,6 +330,10 @@ static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
 
 static void drain_one(struct hub *hub, const struct epoll_event *ready)
 {
+    if (ready->data.u64 == 0) {
+        drain_timer(hub);
+        return;
+    }
     struct launch *launch = (struct launch *)(uintptr_t)(ready->data.u64 & ~(uint64_t)SLOT_MASK);
     enum launch_slot slot = (enum launch_slot)(ready->data.u64 & SLOT_MASK);
     if (!launch->watched[slot])

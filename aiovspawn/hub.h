@@ -42,6 +42,9 @@ struct hub_event {
 
 struct hub {
     int epoll_fd; /* -1 when closed */
+    int timer_fd; /* in the epoll set; -1 before there is a quiet launch: hub_watch_later_locked() */
+    size_t quiet; /* launches */
+    unsigned bulk; /* so many launches to come are not to be quiet */
     uint64_t generation;
     size_t used; /* of buffer */
     int count;   /* of events */
@@ -59,8 +62,13 @@ size_t hub_undecided(const struct hub *hub);
 void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);
 
+void hub_set_quiet_time(uint64_t nanoseconds);
+
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 int hub_watch_pidfd_locked(struct launch *launch);
+int hub_watch_later_locked(struct launch *launch);
+void hub_end_quiet_locked(struct launch *launch);
+void hub_note_bulk_locked(struct hub *hub);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);
 
 #endif

@@ -295,6 +295,7 @@ static void set_sharing_locked(struct launch *launch, bool shares)
 
 static void close_all_locked(struct launch *launch)
 {
+    hub_end_quiet_locked(launch);
     set_sharing_locked(launch, false);
     spawn_close_cgroup(&launch->ends);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
@@ -613,6 +614,7 @@ static void close_locked(struct launch *launch)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
     hub_unwatch_locked(launch, LAUNCH_STATUS);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
+    hub_end_quiet_locked(launch);
     launch->hub = NULL;
     spawn_close_cgroup(&launch->ends);
     if (launch->verdict == LAUNCH_PENDING)
@@ -659,6 +661,9 @@ static int watch_ends_locked(struct launch *launch)
     int result = tells_exec ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
     if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
+    bool outputs = launch->ends.parent[1] >= 0 || launch->ends.parent[2] >= 0;
+    if (outputs && launch->one_shot && result == 0 && hub_watch_later_locked(launch) == 0)
+        return 0;
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
         if (launch->ends.parent[slot] >= 0)
             result = hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));
@@ -1048,6 +1053,14 @@ ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, si
     return got;
 }
 
+/* A pipe was found to be full. */
+void launch_note_bulk(struct launch *launch)
+{
+    launch_lock();
+    hub_note_bulk_locked(launch->hub);
+    launch_unlock();
+}
+
 /* Makes a pipe larger, if the user has some to spare. */
 void launch_grow_pipe(struct launch *launch, enum launch_slot slot)
 {
@@ -1084,6 +1097,7 @@ void launch_tell_all(struct launch *launch)
 {
     launch_lock();
     launch->one_shot = NULL;
+    hub_end_quiet_locked(launch);
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
         if (launch->ends.parent[slot] >= 0)
             (void)hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));

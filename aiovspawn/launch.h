@@ -59,6 +59,8 @@ struct launch {
     uint32_t watched[LAUNCH_SLOTS]; /* epoll events, 0 when not in the epoll set */
     void *one_shot; /* NULL, or whose it is: of such a launch only the end is told, see hub.h */
     bool tells_exec; /* and its exec, though it is in one shot */
+    bool quiet;      /* its output is not watched yet: hub_watch_later_locked() */
+    uint64_t quiet_since; /* nanoseconds, CLOCK_MONOTONIC */
     bool grown[3];  /* pipes made larger by launch_grow_pipe() */
     struct block *block;            /* NULL when the child has left our memory */
     struct spawn_ends ends;
@@ -127,6 +129,7 @@ int launch_resize(struct launch *launch, unsigned short rows, unsigned short col
 void launch_keep_pidfd(struct launch *launch, bool keep);
 ssize_t launch_write(struct launch *launch, const void *data, size_t size);
 ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, size_t size);
+void launch_note_bulk(struct launch *launch);
 void launch_grow_pipe(struct launch *launch, enum launch_slot slot);
 int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);
 void launch_tell_all(struct launch *launch);

@@ -12,8 +12,10 @@ import platform
 import struct
 import sys
 
-CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, WAITID, FORK, VFORK = (
-    (56, 435, 436, 434, 247, 57, 58) if platform.machine() == "x86_64" else (220, 435, 436, 434, 95, 0, 0)
+CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, WAITID, TIMERFD_CREATE, FORK, VFORK = (
+    (56, 435, 436, 434, 247, 283, 57, 58)
+    if platform.machine() == "x86_64"
+    else (220, 435, 436, 434, 95, 85, 0, 0)
 )
 CLONE_VM, CLONE_VFORK, CLONE_THREAD = 0x100, 0x4000, 0x10000
 
@@ -56,6 +58,7 @@ FILTERS = {
     "close_range-enosys": refuse(CLOSE_RANGE, errno.ENOSYS),
     "pidfd_open-eperm": refuse(PIDFD_OPEN, errno.EPERM),
     "waitid-eperm": refuse(WAITID, errno.EPERM),
+    "timerfd-enosys": refuse(TIMERFD_CREATE, errno.ENOSYS),
     "detached-einval": DETACHED,
     "no-processes": NO_PROCESSES,
 }

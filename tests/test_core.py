@@ -198,10 +198,10 @@ def one_shot(hub: _core.Hub, *argv: str, limit: int = -1, stdin: int = PIPE) -> 
     return hub.launch((argv[0],), argv, None, (stdin, PIPE, PIPE), (), (), True, -1, True, limit, False)
 
 
-def finish(hub: _core.Hub) -> list[tuple[int, int, Any]]:
-    """Events up to and with the end of a one-shot, or its failure."""
+def finish(hub: _core.Hub, last: int = 7) -> list[tuple[int, int, Any]]:
+    """Events up to and with the end of a one-shot, or another last kind, or its failure."""
     events: Events = deque()
-    while not any(kind in (4, 7) for _, kind, _ in events):
+    while not any(kind in (4, last) for _, kind, _ in events):
         select.select([hub.fileno()], [], [], 10)
         hub.drain(events)
     return list(events)
@@ -384,7 +384,7 @@ class Loop:
 
 def taken_over(hub: _core.Hub) -> None:
     loop = Loop()
-    child = one_shot(hub, "/bin/sh", "-c", "echo x; exit 3", stdin=INHERIT, limit=1)
+    child = one_shot(hub, "/bin/sh", "-c", "echo x; read y; exit 3", limit=1)
     waiting = child.waiter(loop, 7)
     woken = await_it(waiting)
     assert waiting.cancel(msg="why") is True
@@ -395,6 +395,9 @@ def taken_over(hub: _core.Hub) -> None:
         waiting.result()
     assert waiting.result() is None
     assert child.take_over() == []
+    for _, kind, value in finish(hub, 8):
+        child.on_event(kind, value)
+    child.feed(None)
     for _, kind, value in finish(hub):
         child.on_event(kind, value)
     assert not woken
@@ -547,6 +550,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "in_flight_before": lambda hub: _core.in_flight_before(2**63),
     "probe": lambda hub: [_core.probe(name) for name in _core.FEATURES],
     "share_fds_from": lambda hub: _core.share_fds_from(-1),
+    "quiet_time": lambda hub: _core.quiet_time(2_000_000),
     "counts": lambda hub: _core.counts(),
 }
 

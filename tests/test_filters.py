@@ -154,7 +154,20 @@ def test_every_filter_is_used() -> None:
     assert set(FILTERS) == {name for names in RUNG_LEFT for name in names.split(",")} | {
         "no-processes",
         "waitid-eperm",
+        "timerfd-enosys",
     }
+
+
+def test_output_is_read_without_a_timer(python: list[str]) -> None:
+    code = """
+from aiovspawn import run_process
+async def much():
+    for size in 10, 1_000_000:
+        done = await run_process(["head", "-c", str(size), "/dev/zero"], capture_output=True)
+        assert len(done.stdout) == size
+aiovspawn.run(much())
+"""
+    on_loop(filtered("timerfd-enosys", code), python)
 
 
 def test_probe_does_not_give_up_its_memory_before_its_child_is_dead(python: list[str]) -> None:

@@ -11,13 +11,14 @@ import gc
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -684,3 +685,67 @@ async def test_failure_is_told_without_a_status_pipe(
         for found in await asyncio.gather(*runs, return_exceptions=True):
             assert type(found) is error
             assert f"failed at step {step!r}" in found.__notes__[0]
+
+
+# ---- what is watched, and when -----------------------------------------------------------
+
+
+def kinds_watched() -> list[str]:
+    """What is in the running loop's hub, by the kernel's own account (proc_pid_fdinfo(5))."""
+    hub = ladder.hub_for(asyncio.get_running_loop(), {})
+    lines = Path(f"/proc/self/fdinfo/{hub.core.fileno()}").read_text().splitlines()
+    targets = [os.readlink(f"/proc/self/fd/{line.split()[1]}") for line in lines if line.startswith("tfd:")]
+    kinds = [re.search("pidfd|timerfd|pipe", target) for target in targets]
+    return sorted(kind[0] if kind is not None else "?" for kind in kinds)
+
+
+@contextlib.asynccontextmanager
+async def running(count: int) -> AsyncIterator[None]:
+    """So many launches, with the loop not having had a turn since."""
+    runs = [run_process(["sleep", "1000"], capture_output=True).__await__() for _ in range(count)]
+    for run in runs:
+        next(run)
+    try:
+        yield
+    finally:
+        for run in runs:
+            run.close()
+        while _core.reap_orphans():
+            await asyncio.sleep(0)
+
+
+PIDFD, TIMER, PIPES = "pidfd", "timerfd", ["pipe"] * 2
+
+
+async def test_output_is_watched_only_when_the_process_lives_on() -> None:
+    async with running(1):
+        assert kinds_watched() == [PIDFD, TIMER]
+        while kinds_watched() != [PIDFD, *PIPES, TIMER]:
+            await asyncio.sleep(0.001)
+    assert kinds_watched() == [TIMER]
+
+
+async def test_output_of_many_at_a_time_is_watched_at_once() -> None:
+    async with running(6):
+        assert kinds_watched() == [PIDFD] * 6 + PIPES * 2 + [TIMER]
+    async with running(1):
+        assert kinds_watched() == [PIDFD, TIMER]
+
+
+async def test_output_is_watched_at_once_when_one_has_been_long() -> None:
+    await run_process(["head", "-c", "100000", "/dev/zero"], capture_output=True)
+    async with running(1):
+        assert kinds_watched() == [PIDFD, *PIPES, TIMER]
+    for _ in range(15):
+        await run_process(["true"], capture_output=True)
+    async with running(1):
+        assert kinds_watched() == [PIDFD, TIMER]
+
+
+async def test_each_launch_has_its_own_time_unwatched() -> None:
+    """The timer is set for the oldest alone."""
+    async with running(1):
+        await asyncio.sleep(0.001)
+        async with running(3):
+            while kinds_watched() != sorted([PIDFD, *PIPES] * 4 + [TIMER]):
+                await asyncio.sleep(0.001)
