@@ -203,7 +203,7 @@ static void settle_output(struct one_shot *shot, const struct hub_event *event, 
 {
     enum launch_slot slot = (enum launch_slot)event->value;
     struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
-    if (!capture->open)
+    if (!capture->open || capture->paused)
         return;
     if (event->readable || !event->writers_gone)
         read_output(shot, event->launch, slot, event->writers_gone, QUANTUM, scratch);

@@ -15,6 +15,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -27,6 +28,7 @@ enum {
     QUIET_TIME = 2000000, /* nanoseconds: most programs that write little are over by then */
     QUIET_MAX = 4,        /* of more launches at a time the events come together anyway */
     BULK_LAUNCHES = 16,
+    BULK_SIZE = 4096, /* bytes: the smallest pipe is full */
 };
 
 static uint64_t quiet_time = QUIET_TIME;
@@ -82,6 +84,15 @@ void hub_free(struct hub *hub)
     free(hub);
 }
 
+static void set_quiet_locked(struct launch *launch, unsigned outputs)
+{
+    if (launch->quiet && !outputs)
+        launch->hub->quiet--;
+    else if (!launch->quiet && outputs)
+        launch->hub->quiet++;
+    launch->quiet = outputs;
+}
+
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events)
 {
     if (!launch->hub || launch->hub->epoll_fd < 0 || launch_is_foreign(launch->hub->generation))
@@ -96,6 +107,7 @@ int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t even
     if (epoll_ctl(launch->hub->epoll_fd, operation, launch_slot_fd(launch, slot), &event) < 0)
         return -errno;
     launch->watched[slot] = events;
+    set_quiet_locked(launch, launch->quiet & ~(1U << slot));
     return 0;
 }
 
@@ -108,6 +120,7 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
     if ((launch->watched[slot] & ~(uint32_t)EPOLLONESHOT) && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
         (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, launch_slot_fd(launch, slot), &unused);
     launch->watched[slot] = 0;
+    set_quiet_locked(launch, launch->quiet & ~(1U << slot));
 }
 
 /* ---- quiet launches -------------------------------------------------------------
@@ -115,6 +128,9 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
  * Of a one-shot it is the exit that matters, at which all that it has written is read: to be
  * woken up for each of its writes costs more than it brings. So at first its output is not
  * watched; but if the child lives on it may come to fill its pipe, and would wait.
+ *
+ * That may be when the kernel watches no more (epoll_ctl(2): ENOMEM, ENOSPC): then it is looked
+ * at whenever the timer fires, and until it can be watched.
  */
 
 static uint64_t now(void)
@@ -146,26 +162,48 @@ static int set_timer(const struct hub *hub, uint64_t time)
     return timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
 }
 
+/* From now on the timer looks at these outputs too. */
+static int begin_quiet_locked(struct launch *launch, unsigned outputs)
+{
+    struct hub *hub = launch->hub;
+    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        return -EBADF;
+    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
+    if (!launch->quiet)
+        launch->quiet_since = now();
+    if (result == 0 && hub->quiet == 0) /* else it is set for an older one */
+        result = set_timer(hub, launch->quiet_since + quiet_time);
+    if (result == 0)
+        set_quiet_locked(launch, launch->quiet | outputs);
+    return result;
+}
+
 /* Leaves the output of a one-shot unwatched for now; where that cannot be, or is not worth
  * while, -errno. */
 int hub_watch_later_locked(struct launch *launch)
 {
     struct hub *hub = launch->hub;
-    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
-        return -EBADF;
-    if (hub->bulk > 0 || hub->quiet >= QUIET_MAX) {
+    if (hub && (hub->bulk > 0 || hub->quiet >= QUIET_MAX)) {
         hub->bulk -= hub->bulk > 0;
         return -EBUSY;
     }
-    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
-    launch->quiet_since = now();
-    if (result == 0 && hub->quiet == 0) /* else it is set for an older one */
-        result = set_timer(hub, launch->quiet_since + quiet_time);
-    if (result == 0) {
-        launch->quiet = true;
-        hub->quiet++;
-    }
-    return result;
+    unsigned outputs = 0;
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
+        outputs |= launch->ends.parent[slot] >= 0 ? 1U << slot : 0;
+    return begin_quiet_locked(launch, outputs);
+}
+
+/* Of a one-shot each is told once, and watched again when what there was has been read. */
+uint32_t hub_output_events(const struct launch *launch)
+{
+    return launch->one_shot ? EPOLLIN | EPOLLONESHOT : EPOLLIN;
+}
+
+/* Watches an output, or has the timer look at it. */
+int hub_watch_output_locked(struct launch *launch, enum launch_slot slot)
+{
+    int result = hub_watch_locked(launch, slot, hub_output_events(launch));
+    return result < 0 && !launch->watched[slot] ? begin_quiet_locked(launch, 1U << slot) : result;
 }
 
 /* For tests and benchmarks, before the first launch. */
@@ -176,12 +214,10 @@ void hub_set_quiet_time(uint64_t nanoseconds)
     launch_unlock();
 }
 
-/* It has exited, or is watched, or closed. */
+/* All that it has written is read now, or never. */
 void hub_end_quiet_locked(struct launch *launch)
 {
-    if (launch->quiet)
-        launch->hub->quiet--;
-    launch->quiet = false;
+    set_quiet_locked(launch, 0);
 }
 
 /* A program has filled its pipe: the next ones will do so too. */
@@ -192,37 +228,6 @@ void hub_note_bulk_locked(struct hub *hub)
 }
 
 /* ---- draining ----------------------------------------------------------------- */
-
-/* One that the kernel refuses to watch is tried again when the next one's time has come. */
-static bool watch_output_locked(struct launch *launch)
-{
-    int result = 0;
-    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
-        if (launch->ends.parent[slot] >= 0 && !launch->watched[slot])
-            result = hub_watch_locked(launch, (enum launch_slot)slot, EPOLLIN | EPOLLONESHOT);
-    return result == 0;
-}
-
-/* Some quiet launch's time has come. The youngest are the first in the table. */
-static void drain_timer(struct hub *hub)
-{
-    uint64_t time = now(), next = UINT64_MAX;
-    size_t left = hub->quiet;
-    for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
-        if (launch->hub != hub || !launch->quiet)
-            continue;
-        left--;
-        uint64_t end = launch->quiet_since + quiet_time;
-        if (end > time)
-            next = end < next ? end : next;
-        else if (watch_output_locked(launch))
-            hub_end_quiet_locked(launch);
-        else
-            next = time + quiet_time < next ? time + quiet_time : next;
-    }
-    if (next != UINT64_MAX)
-        (void)set_timer(hub, next);
-}
 
 static struct hub_event *add_event(struct hub *hub, struct launch *launch, enum hub_event_kind kind, int value)
 {
@@ -257,7 +262,8 @@ static void drain_pidfd(struct hub *hub, struct launch *launch)
         (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | (launch->held ? EPOLLET : EPOLLONESHOT));
         return;
     }
-    hub_end_quiet_locked(launch);
+    if (launch->one_shot)
+        hub_end_quiet_locked(launch);
     drain_status(hub, launch);
     if (launch->keeps_pidfd)
         hub_unwatch_locked(launch, LAUNCH_PIDFD);
@@ -326,6 +332,58 @@ static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
     if (broken)
         hub_unwatch_locked(launch, LAUNCH_STDIN);
     (void)add_event(hub, launch, HUB_STDIN, broken ? EPOLLERR : EPOLLOUT);
+}
+
+/* The time of a quiet launch has come. */
+static void drain_quiet(struct hub *hub, struct launch *launch, uint64_t time, int *ret_polled)
+{
+    if (!launch->one_shot)
+        drain_status(hub, launch); /* as drain_one() has it */
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++) {
+        int size = 0;
+        if (!(launch->quiet & 1U << slot))
+            continue;
+        if (ioctl(launch->ends.parent[slot], FIONREAD, &size) == 0 && size >= BULK_SIZE)
+            hub_note_bulk_locked(hub);
+        if (hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch)) == 0)
+            continue;
+        launch->quiet_since = time;
+        (*ret_polled)++;
+        drain_output(hub, launch, (enum launch_slot)slot, EPOLLIN);
+    }
+}
+
+/* Whoever has no timer and cannot be watched is read when he has exited. */
+static void end_all_quiet(struct hub *hub)
+{
+    for (struct launch *launch = launch_first_locked(); launch && hub->quiet > 0; launch = launch->next) {
+        if (launch->hub != hub || !launch->quiet)
+            continue;
+        for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
+            if (launch->quiet & 1U << slot)
+                (void)hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch));
+        hub_end_quiet_locked(launch);
+    }
+}
+
+/* Whose time has come but whose turn has not, has it in the next drain. */
+static void drain_timer(struct hub *hub)
+{
+    uint64_t time = now(), next = UINT64_MAX;
+    size_t left = hub->quiet;
+    int polled = 0;
+    for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
+        if (launch->hub != hub || !launch->quiet)
+            continue;
+        left--;
+        if (launch->quiet_since + quiet_time <= time && polled + 2 <= HUB_POLLED)
+            drain_quiet(hub, launch, time, &polled);
+        uint64_t end = launch->quiet_since + quiet_time;
+        if (launch->quiet && end < next)
+            next = end;
+    }
+    if (next != UINT64_MAX && set_timer(hub, next) < 0)
+        end_all_quiet(hub);
 }
 
 static void drain_one(struct hub *hub, const struct epoll_event *ready)

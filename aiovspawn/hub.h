@@ -12,9 +12,10 @@
 
 enum {
     HUB_BATCH = 16,             /* ready fds looked at in one drain: epoll hands them out in turn */
-    HUB_EVENTS = 3 * HUB_BATCH, /* what these can give */
+    HUB_POLLED = 8,             /* outputs that are not watched, looked at in one drain */
+    HUB_EVENTS = 3 * (HUB_BATCH + HUB_POLLED), /* what these can give */
     HUB_READ_SIZE = 64 * 1024,  /* bytes read from one pipe in one drain */
-    HUB_BUFFER_SIZE = (HUB_BATCH + 1) * HUB_READ_SIZE, /* the last of them is nobody's: hub_scratch() */
+    HUB_BUFFER_SIZE = (HUB_BATCH + HUB_POLLED + 1) * HUB_READ_SIZE, /* the last of them is nobody's: hub_scratch() */
 };
 
 /* The first three are about the pipe on the child's fd of that number. */
@@ -43,7 +44,7 @@ struct hub_event {
 struct hub {
     int epoll_fd; /* -1 when closed */
     int timer_fd; /* in the epoll set; -1 before there is a quiet launch: hub_watch_later_locked() */
-    size_t quiet; /* launches */
+    size_t quiet; /* launches that have outputs which are not watched */
     unsigned bulk; /* so many launches to come are not to be quiet */
     uint64_t generation;
     size_t used; /* of buffer */
@@ -67,6 +68,8 @@ void hub_set_quiet_time(uint64_t nanoseconds);
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 int hub_watch_pidfd_locked(struct launch *launch);
 int hub_watch_later_locked(struct launch *launch);
+uint32_t hub_output_events(const struct launch *launch);
+int hub_watch_output_locked(struct launch *launch, enum launch_slot slot);
 void hub_end_quiet_locked(struct launch *launch);
 void hub_note_bulk_locked(struct hub *hub);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);

@@ -647,12 +647,6 @@ void launch_free(struct launch *launch)
 
 /* ---- starting ------------------------------------------------------------------- */
 
-/* Of a one-shot each is told once, and watched again when what there was has been read. */
-static uint32_t output_events(const struct launch *launch)
-{
-    return launch->one_shot ? EPOLLIN | EPOLLONESHOT : EPOLLIN;
-}
-
 /* Where nobody waits for the exec, the status pipe is looked at when the child has exited or
  * the hub is swept. */
 static int watch_ends_locked(struct launch *launch)
@@ -666,7 +660,7 @@ static int watch_ends_locked(struct launch *launch)
         return 0;
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
         if (launch->ends.parent[slot] >= 0)
-            result = hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));
+            result = hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch));
     return result;
 }
 
@@ -899,7 +893,7 @@ int launch_adopt(struct hub *hub, pid_t pid, const int parent_ends[3], void *one
         memcpy(launch->ends.parent, parent_ends, sizeof launch->ends.parent);
         for (int slot = 0; slot <= LAUNCH_STDERR && result == 0; slot++)
             if (parent_ends[slot] >= 0)
-                result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? output_events(launch) : EPOLLERR);
+                result = hub_watch_locked(launch, (enum launch_slot)slot, slot ? hub_output_events(launch) : EPOLLERR);
         if (result == 0)
             result = hub_watch_pidfd_locked(launch);
     }
@@ -1084,7 +1078,7 @@ int launch_watch(struct launch *launch, enum launch_slot slot, bool watch)
         if (slot == LAUNCH_STDIN)
             result = hub_watch_locked(launch, slot, watch ? EPOLLOUT : EPOLLERR);
         else if (watch)
-            result = hub_watch_locked(launch, slot, output_events(launch));
+            result = hub_watch_output_locked(launch, slot);
         else
             hub_unwatch_locked(launch, slot);
     }
@@ -1097,10 +1091,9 @@ void launch_tell_all(struct launch *launch)
 {
     launch_lock();
     launch->one_shot = NULL;
-    hub_end_quiet_locked(launch);
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
         if (launch->ends.parent[slot] >= 0)
-            (void)hub_watch_locked(launch, (enum launch_slot)slot, output_events(launch));
+            (void)hub_watch_output_locked(launch, (enum launch_slot)slot);
     launch_unlock();
 }
 

@@ -12,16 +12,17 @@ import platform
 import struct
 import sys
 
-CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, WAITID, TIMERFD_CREATE, FORK, VFORK = (
-    (56, 435, 436, 434, 247, 283, 57, 58)
+CLONE, CLONE3, CLOSE_RANGE, PIDFD_OPEN, WAITID, TIMERFD_CREATE, TIMERFD_SETTIME, EPOLL_CTL, FORK, VFORK = (
+    (56, 435, 436, 434, 247, 283, 286, 233, 57, 58)
     if platform.machine() == "x86_64"
-    else (220, 435, 436, 434, 95, 85, 0, 0)
+    else (220, 435, 436, 434, 95, 85, 86, 21, 0, 0)
 )
 CLONE_VM, CLONE_VFORK, CLONE_THREAD = 0x100, 0x4000, 0x10000
+EPOLL_CTL_ADD = 1
 
 # linux/filter.h, linux/seccomp.h
 LOAD_WORD, AND, JUMP_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
-NUMBER_OFFSET, FIRST_ARGUMENT_OFFSET = 0, 16
+NUMBER_OFFSET, FIRST_ARGUMENT_OFFSET, SECOND_ARGUMENT_OFFSET = 0, 16, 24
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
 
@@ -34,12 +35,14 @@ def refuse(number: int, error: int) -> list[Instruction]:
     return [(LOAD_WORD, 0, 0, NUMBER_OFFSET), (JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, ERRNO | error)]
 
 
-def refuse_flags(number: int, mask: int, value: int, error: int) -> list[Instruction]:
-    """Let a system call fail if its first argument has these flags."""
+def refuse_flags(
+    number: int, mask: int, value: int, error: int, offset: int = FIRST_ARGUMENT_OFFSET
+) -> list[Instruction]:
+    """Let a system call fail if an argument has these flags."""
     return [
         (LOAD_WORD, 0, 0, NUMBER_OFFSET),
         (JUMP_EQUAL, 0, 4, number),
-        (LOAD_WORD, 0, 0, FIRST_ARGUMENT_OFFSET),
+        (LOAD_WORD, 0, 0, offset),
         (AND, 0, 0, mask),
         (JUMP_EQUAL, 0, 1, value),
         (RETURN, 0, 0, ERRNO | error),
@@ -59,6 +62,8 @@ FILTERS = {
     "pidfd_open-eperm": refuse(PIDFD_OPEN, errno.EPERM),
     "waitid-eperm": refuse(WAITID, errno.EPERM),
     "timerfd-enosys": refuse(TIMERFD_CREATE, errno.ENOSYS),
+    "timerfd_settime-eperm": refuse(TIMERFD_SETTIME, errno.EPERM),
+    "epoll_add-enospc": refuse_flags(EPOLL_CTL, 0xFF, EPOLL_CTL_ADD, errno.ENOSPC, SECOND_ARGUMENT_OFFSET),
     "detached-einval": DETACHED,
     "no-processes": NO_PROCESSES,
 }

@@ -155,6 +155,8 @@ def test_every_filter_is_used() -> None:
         "no-processes",
         "waitid-eperm",
         "timerfd-enosys",
+        "timerfd_settime-eperm",
+        "epoll_add-enospc",
     }
 
 
@@ -168,6 +170,63 @@ async def much():
 aiovspawn.run(much())
 """
     on_loop(filtered("timerfd-enosys", code), python)
+
+
+def later(filters: str, code: str) -> str:
+    """Code with a function install(), which puts the filters in place when launches are under way."""
+    return f"""
+import asyncio, sys, aiovspawn
+from aiovspawn import PIPE, run_process, _core
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+_core.quiet_time(50_000_000)
+def install():
+    seccomp.install({filters!r})
+async def shell(command):
+    done = await run_process(command, shell=True, capture_output=True, timeout=20)
+    return done.stdout, done.stderr
+{code}
+"""
+
+
+def test_output_is_read_that_the_kernel_comes_to_refuse_to_watch(python: list[str]) -> None:
+    """At first, when more has been written than the pipe holds, and after the exit."""
+    code = """
+async def main():
+    streamed = await aiovspawn.create_subprocess_shell(
+        "echo one; sleep 0.3; head -c 300000 /dev/zero >&2; echo two", stdout=PIPE, stderr=PIPE)
+    tasks = [asyncio.create_task(shell(command)) for command in (
+        "head -c 300000 /dev/zero; head -c 300000 /dev/zero >&2",
+        "echo one; (sleep 0.3; echo two) & exit 0",
+    )]
+    tasks += [asyncio.create_task(shell("sleep 0.2; head -c 100000 /dev/zero")) for _ in range(12)]
+    await asyncio.sleep(0.01)
+    install()
+    out, err = await asyncio.gather(streamed.stdout.read(), streamed.stderr.read())
+    assert (out, len(err)) == (b"one\\ntwo\\n", 300000), (out, len(err))
+    assert await streamed.wait() == 0
+    (out, err), (lines, _), *others = await asyncio.gather(*tasks)
+    assert len(out) == len(err) == 300000, (len(out), len(err))
+    assert lines == b"one\\ntwo\\n", lines
+    assert [len(out) for out, _ in others] == [100000] * 12
+aiovspawn.run(main())
+"""
+    on_loop(later("epoll_add-enospc", code), python)
+
+
+def test_output_is_read_when_the_timer_comes_to_be_refused(python: list[str]) -> None:
+    code = """
+async def main():
+    command = "sleep 0.2; head -c 300000 /dev/zero"
+    first = asyncio.create_task(shell(command))
+    await asyncio.sleep(0.025)
+    second = asyncio.create_task(shell(command))
+    await asyncio.sleep(0.01)
+    install()
+    assert len((await first)[0]) == len((await second)[0]) == len((await shell(command))[0]) == 300000
+aiovspawn.run(main())
+"""
+    on_loop(later("timerfd_settime-eperm", code), python)
 
 
 def test_probe_does_not_give_up_its_memory_before_its_child_is_dead(python: list[str]) -> None:

@@ -742,6 +742,12 @@ async def test_output_is_watched_at_once_when_one_has_been_long() -> None:
         assert kinds_watched() == [PIDFD, TIMER]
 
 
+async def test_output_is_watched_at_once_when_one_has_filled_a_small_pipe() -> None:
+    await run_process(["head", "-c", "5000", "/dev/zero"], capture_output=True, pipesize=4096)
+    async with running(1):
+        assert kinds_watched() == [PIDFD, *PIPES, TIMER]
+
+
 async def test_each_launch_has_its_own_time_unwatched() -> None:
     """The timer is set for the oldest alone."""
     async with running(1):
