@@ -8,6 +8,7 @@ all.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
@@ -357,7 +358,24 @@ def _candidates(executable: StrOrBytesPath, env: Mapping[Any, Any] | None) -> tu
     program = os.fsencode(executable)
     if b"/" in program:
         return (program,)
-    return tuple(os.path.join(os.fsencode(directory), program) for directory in os.get_exec_path(env))
+    return _in_each_directory(_search_path(env), program)
+
+
+def _search_path(env: Mapping[Any, Any] | None) -> str:
+    """What os.get_exec_path() splits. That takes longer than a launch: it filters warnings."""
+    if env is None:
+        env = os.environ
+    # Under -b a dict that has one name as str must not be asked for it as bytes.
+    if env is os.environ or (type(env) is dict and not sys.flags.bytes_warning and b"PATH" not in env):
+        path = env.get("PATH", os.defpath)
+        if type(path) is str:
+            return path
+    return os.pathsep.join(os.get_exec_path(env))
+
+
+@functools.lru_cache(maxsize=64)
+def _in_each_directory(path: str, program: bytes) -> tuple[bytes, ...]:
+    return tuple(os.path.join(os.fsencode(directory), program) for directory in path.split(os.pathsep))
 
 
 def _pass_fds(pass_fds: Collection[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from collections import UserDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import aiovspawn
+from aiovspawn import _request
 
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 Keywords = dict[str, Any]
@@ -201,6 +203,50 @@ async def test_program_is_searched_in_path_as_subprocess_does(rung: str, tmp_pat
     output, _ = await process.communicate()
     with subprocess.Popen(["program"], **keywords) as peer:
         assert output == peer.communicate()[0] != b""
+
+
+SEARCH_PATHS: dict[str, tuple[str, Any]] = {
+    "ours": ("/bin:/usr/bin", None),
+    "ours, with odd directories": (":/:/bin/:relative:/\udcff", None),
+    "ours, empty": ("", None),
+    "given": ("/bin", {"PATH": "/usr/bin:/bin"}),
+    "given as bytes": ("/bin", {"PATH": b"/usr/bin:/bin"}),
+    "given by a name of bytes": ("/bin", {b"PATH": b"/usr/bin:/bin"}),
+    "given twice": ("/bin", {"PATH": "/usr/bin", b"PATH": b"/bin"}),
+    "given by what is no dict": ("/bin", UserDict(PATH="/usr/bin:/bin")),
+    "given, none": ("/bin", {"HOME": "/"}),
+    "given, no str": ("/bin", {"PATH": 5}),
+    "the environment given": ("/bin:/usr/bin", os.environ),
+}
+
+
+@pytest.mark.parametrize("case", SEARCH_PATHS)
+def test_search_path_is_that_of_os(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    path, env = SEARCH_PATHS[case]
+    for ours in (path, path + ":/another"):  # and what is remembered is not used for another
+        monkeypatch.setenv("PATH", ours)
+        try:
+            directories = os.get_exec_path(env)
+        except Exception as exc:
+            with pytest.raises(type(exc)):
+                _request._candidates("program", env)
+        else:
+            expected = tuple(os.path.join(os.fsencode(each), b"program") for each in directories)
+            assert _request._candidates("program", env) == expected
+            assert _request._candidates(b"program", env) == expected
+    monkeypatch.delenv("PATH")
+    assert len(_request._candidates("program", None)) == len(os.defpath.split(":"))
+
+
+def test_search_path_warns_of_no_bytes(python: list[str]) -> None:
+    code = """
+import asyncio, aiovspawn
+async def main():
+    for env in None, {"PATH": "/bin:/usr/bin"}, {b"PATH": b"/bin:/usr/bin"}:
+        assert (await aiovspawn.run_process(["true"], env=env)).returncode == 0
+aiovspawn.run(main())
+"""
+    subprocess.run([*python, "-bb", "-c", code], check=True)
 
 
 async def test_executable_is_run_under_another_name(rung: str, view: Path) -> None:
