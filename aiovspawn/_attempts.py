@@ -60,9 +60,12 @@ def launch(
             pauses,
         )
     except OSError as exc:
-        if not hasattr(exc, "step"):
-            raise
-        raise launch_error(request, exc.step, exc.errno or 0) from None
+        raise launch_failure(request, exc) from None
+
+
+def launch_failure(request: Request, exc: OSError) -> OSError:
+    """What subprocess.Popen would raise for what the C core has raised."""
+    return launch_error(request, exc.step, exc.errno or 0) if hasattr(exc, "step") else exc
 
 
 class Attempts:

@@ -30,6 +30,9 @@ BAD_FD = -5
 TERMINAL = -6
 """The program's new terminal."""
 
+CAPTURE_STDOUT = (INHERIT, PIPE, INHERIT)
+CAPTURE_BOTH = (INHERIT, PIPE, PIPE)
+
 STANDARD_FDS = frozenset((0, 1, 2))
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
@@ -58,6 +61,10 @@ class Request:
     pipe_size: int
     popen: dict[str, Any] | None
     """Keywords for subprocess.Popen, when only that can serve (preexec_fn)."""
+
+
+Parts: TypeAlias = "tuple[Any, list[Any], tuple[StrOrBytesPath, ...], tuple[int, int, int]]"
+"""Of a request: given, args, programs and stdio."""
 
 
 def request_of(
@@ -187,15 +194,30 @@ def make_request(
 
 def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Request:
     """make_request() without options: what most launches are, in a third of the time."""
-    if stdout == STDOUT:
-        raise ValueError("STDOUT can only be used for stderr")
-    stdio = _stdio_plan(stdin, stdout, stderr)
+    return request_of_parts(plain_parts(args, shell, stdin, stdout, stderr))
+
+
+def plain_parts(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Parts:
+    """What of a plain_request() differs from launch to launch."""
+    if stdin is None and stdout is PIPE and (stderr is None or stderr is PIPE):
+        stdio = CAPTURE_STDOUT if stderr is None else CAPTURE_BOTH
+    else:
+        if stdout == STDOUT:
+            raise ValueError("STDOUT can only be used for stderr")
+        stdio = _stdio_plan(stdin, stdout, stderr)
     arguments = list(args) if type(args) is list and not shell else _arguments(args, shell, None)
     executable = arguments[0]
     sys.audit("subprocess.Popen", executable, arguments, None, None)
-    programs = _candidates(executable, None)
+    if type(executable) is str and "/" in executable:
+        return args, arguments, (executable,), stdio
+    return args, arguments, _candidates(executable, None), stdio
+
+
+def request_of_parts(parts: Parts) -> Request:
+    """The plain_request() with these parts."""
+    args, arguments, programs, stdio = parts
     return Request(
-        args, arguments, executable, None, programs, None, stdio, (), DEFAULT_STEPS, True, -1, None
+        args, arguments, arguments[0], None, programs, None, stdio, (), DEFAULT_STEPS, True, -1, None
     )
 
 

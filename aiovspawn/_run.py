@@ -141,7 +141,8 @@ async def run_process(
             lead_group(kwds)
     loop = asyncio.get_running_loop()
     begin = time.monotonic()
-    hub = ladder.hub_for(loop, kwds)
+    is_plain = not kwds and ladder.way == "core"
+    hub = ladder.hub_of(loop) if is_plain else ladder.hub_for(loop, kwds)
     if hub is None:
         from ._delegated import run_delegated
 
@@ -150,30 +151,35 @@ async def run_process(
         outcome = ended.outcome()
     else:
         one_shot = ladder.one_shot
-        request = one_shot.request_one_shot(args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds)
-        ended = outcome = None
-        launch: Any = None
-        if limits is DEFAULT and timeout is None and stdin is None and request.popen is None:
-            launch = one_shot.launch_quickly(hub, loop, request)
+        request: Any
+        ended = outcome = launch = None
+        if is_plain and limits is DEFAULT and timeout is None and stdin is None:
+            request, launch = one_shot.launch_plainly(hub, args, shell, stdout, stderr)
         else:
-            ended = one_shot.OneShot(hub, loop, request, input, limits)
+            request = one_shot.request_one_shot(
+                args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds
+            )
+            if limits is DEFAULT and timeout is None and stdin is None and request.popen is None:
+                launch = one_shot.launch_quickly(hub, request)
+            else:
+                ended = one_shot.OneShot(hub, loop, request, input, limits)
         input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
         try:
             if launch is not None:
                 await launch.waiter(loop, one_shot.FINISHED)
                 outcome = launch.outcome()
             if outcome is None:
-                ended = ended or one_shot.OneShot(hub, loop, request, None, limits, launch)
+                ended = ended or one_shot.take_over(hub, loop, request, launch)
                 if timeout is not None:
                     ended.expire_after(timeout)
                 await ended
                 outcome = ended.outcome()
         except GeneratorExit:
             # Closed, not cancelled: there may be no loop to wait on.
-            (ended or one_shot.OneShot(hub, loop, request, None, limits, launch)).forget()
+            (ended or one_shot.take_over(hub, loop, request, launch)).forget()
             raise
         except BaseException:
-            await (ended or one_shot.OneShot(hub, loop, request, None, limits, launch)).undo()
+            await (ended or one_shot.take_over(hub, loop, request, launch)).undo()
             raise
     returncode, pid, out, err, usage = outcome
     if ended is not None and ended.expired:
