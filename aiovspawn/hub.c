@@ -25,8 +25,8 @@ enum { SLOT_MASK = 7 };
 _Static_assert(LAUNCH_SLOTS <= SLOT_MASK + 1, "the slot must fit into three bits");
 
 enum {
-    QUIET_TIME = 2000000, /* nanoseconds: most programs that write little are over by then */
-    QUIET_MAX = 4,        /* of more launches at a time the events come together anyway */
+    QUIET_TIME = 2000000, /* nanoseconds: alone, most programs that write little are over by then */
+    QUIET_SHARES = 32,    /* of that time at the most, where many run at a time: see quiet_end() */
     BULK_LAUNCHES = 16,
     BULK_SIZE = 4096, /* bytes: the smallest pipe is full */
 };
@@ -140,6 +140,13 @@ static uint64_t now(void)
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
 
+/* Two programs have a processor each; of more, each takes so much longer. */
+static uint64_t quiet_end(const struct hub *hub, uint64_t begin)
+{
+    size_t shares = 1 + hub->quiet / 2;
+    return begin + quiet_time * (shares < QUIET_SHARES ? shares : QUIET_SHARES);
+}
+
 /* Edge-triggered: what has been told need not be read. timerfd_create(2) */
 static int make_timer(struct hub *hub)
 {
@@ -156,9 +163,10 @@ static int make_timer(struct hub *hub)
     return fd < 0 ? fd : 0;
 }
 
-static int set_timer(const struct hub *hub, uint64_t time)
+static int set_timer(struct hub *hub, uint64_t time)
 {
     struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
+    hub->timer_at = time;
     return timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
 }
 
@@ -170,9 +178,9 @@ static int begin_quiet_locked(struct launch *launch, unsigned outputs)
         return -EBADF;
     int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
     if (!launch->quiet)
-        launch->quiet_since = now();
-    if (result == 0 && hub->quiet == 0) /* else it is set for an older one */
-        result = set_timer(hub, launch->quiet_since + quiet_time);
+        launch->quiet_until = quiet_end(hub, now());
+    if (result == 0 && (hub->quiet == 0 || launch->quiet_until < hub->timer_at))
+        result = set_timer(hub, launch->quiet_until);
     if (result == 0)
         set_quiet_locked(launch, launch->quiet | outputs);
     return result;
@@ -183,8 +191,8 @@ static int begin_quiet_locked(struct launch *launch, unsigned outputs)
 int hub_watch_later_locked(struct launch *launch)
 {
     struct hub *hub = launch->hub;
-    if (hub && (hub->bulk > 0 || hub->quiet >= QUIET_MAX)) {
-        hub->bulk -= hub->bulk > 0;
+    if (hub && hub->bulk > 0) {
+        hub->bulk--;
         return -EBUSY;
     }
     unsigned outputs = 0;
@@ -220,11 +228,23 @@ void hub_end_quiet_locked(struct launch *launch)
     set_quiet_locked(launch, 0);
 }
 
-/* A program has filled its pipe: the next ones will do so too. */
+/* A program has filled its pipe: the next ones will do so too, and those that run may have. */
 void hub_note_bulk_locked(struct hub *hub)
 {
-    if (hub)
-        hub->bulk = BULK_LAUNCHES;
+    if (!hub)
+        return;
+    if (hub->bulk == 0 && hub->quiet > 0) {
+        uint64_t time = now();
+        size_t left = hub->quiet;
+        for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
+            if (launch->hub != hub || !launch->quiet)
+                continue;
+            left--;
+            launch->quiet_until = launch->quiet_until < time ? launch->quiet_until : time;
+        }
+        (void)set_timer(hub, time); /* else it is as it was */
+    }
+    hub->bulk = BULK_LAUNCHES;
 }
 
 /* ---- draining ----------------------------------------------------------------- */
@@ -347,7 +367,7 @@ static void drain_quiet(struct hub *hub, struct launch *launch, uint64_t time, i
             hub_note_bulk_locked(hub);
         if (hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch)) == 0)
             continue;
-        launch->quiet_since = time;
+        launch->quiet_until = time + quiet_time;
         (*ret_polled)++;
         drain_output(hub, launch, (enum launch_slot)slot, EPOLLIN);
     }
@@ -371,17 +391,19 @@ static void drain_timer(struct hub *hub)
 {
     uint64_t time = now(), next = UINT64_MAX;
     size_t left = hub->quiet;
+    bool was_bulk = hub->bulk > 0;
     int polled = 0;
     for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
         if (launch->hub != hub || !launch->quiet)
             continue;
         left--;
-        if (launch->quiet_since + quiet_time <= time && polled + 2 <= HUB_POLLED)
+        if (launch->quiet_until <= time && polled + 2 <= HUB_POLLED)
             drain_quiet(hub, launch, time, &polled);
-        uint64_t end = launch->quiet_since + quiet_time;
-        if (launch->quiet && end < next)
-            next = end;
+        if (launch->quiet && launch->quiet_until < next)
+            next = launch->quiet_until;
     }
+    if (!was_bulk && hub->bulk > 0 && next != UINT64_MAX)
+        next = time; /* the time of all has come since they were looked at */
     if (next != UINT64_MAX && set_timer(hub, next) < 0)
         end_all_quiet(hub);
 }

@@ -44,6 +44,7 @@ struct hub_event {
 struct hub {
     int epoll_fd; /* -1 when closed */
     int timer_fd; /* in the epoll set; -1 before there is a quiet launch: hub_watch_later_locked() */
+    uint64_t timer_at; /* when it was last told to fire; nanoseconds, CLOCK_MONOTONIC */
     size_t quiet; /* launches that have outputs which are not watched */
     unsigned bulk; /* so many launches to come are not to be quiet */
     uint64_t generation;

@@ -60,7 +60,7 @@ struct launch {
     void *one_shot; /* NULL, or whose it is: of such a launch only the end is told, see hub.h */
     bool tells_exec; /* and its exec, though it is in one shot */
     unsigned quiet;  /* a bit for each output, by its slot, that is not watched: hub_watch_later_locked() */
-    uint64_t quiet_since; /* nanoseconds, CLOCK_MONOTONIC */
+    uint64_t quiet_until; /* nanoseconds, CLOCK_MONOTONIC */
     bool grown[3];  /* pipes made larger by launch_grow_pipe() */
     struct block *block;            /* NULL when the child has left our memory */
     struct spawn_ends ends;

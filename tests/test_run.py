@@ -725,11 +725,12 @@ async def test_output_is_watched_only_when_the_process_lives_on() -> None:
     assert kinds_watched() == [TIMER]
 
 
-async def test_output_of_many_at_a_time_is_watched_at_once() -> None:
-    async with running(6):
-        assert kinds_watched() == [PIDFD] * 6 + PIPES * 2 + [TIMER]
-    async with running(1):
-        assert kinds_watched() == [PIDFD, TIMER]
+async def test_output_of_many_at_a_time_is_watched_when_they_live_on() -> None:
+    async with running(40):
+        assert kinds_watched() == [PIDFD] * 40 + [TIMER]
+        while kinds_watched() != sorted([PIDFD, *PIPES] * 40 + [TIMER]):
+            await asyncio.sleep(0.001)
+    assert kinds_watched() == [TIMER]
 
 
 async def test_output_is_watched_at_once_when_one_has_been_long() -> None:
@@ -746,6 +747,45 @@ async def test_output_is_watched_at_once_when_one_has_filled_a_small_pipe() -> N
     await run_process(["head", "-c", "5000", "/dev/zero"], capture_output=True, pipesize=4096)
     async with running(1):
         assert kinds_watched() == [PIDFD, *PIPES, TIMER]
+
+
+@pytest.fixture
+def never_watched() -> Iterator[None]:
+    """Launches whose output would not be watched before their end."""
+    _core.quiet_time(10**12)
+    yield
+    _core.quiet_time(2_000_000)
+
+
+async def test_output_is_watched_when_that_of_another_has_been_long(
+    tmp_path: Path, never_watched: None
+) -> None:
+    """What may wait already, its pipe being full, does not wait for its time."""
+    os.mkfifo(tmp_path / "go")
+    _core.quiet_time(0)
+    script = 'read line < "$0"; head -c 1000000 /dev/zero'
+    first = asyncio.create_task(run_process(["sh", "-c", script, tmp_path / "go"], capture_output=True))
+    while kinds_watched() != [PIDFD, *PIPES, TIMER]:
+        await asyncio.sleep(0.001)
+    _core.quiet_time(10**12)
+    waiting = [
+        asyncio.create_task(run_process(["head", "-c", "1000000", "/dev/zero"], capture_output=True))
+        for _ in range(3)
+    ]
+    while kinds_watched() != sorted([PIDFD] * 4 + PIPES + [TIMER]):
+        await asyncio.sleep(0.001)
+    (tmp_path / "go").write_text("\n")
+    for task in (first, *waiting):
+        assert len((await task).stdout) == 1000000
+
+
+async def test_time_unwatched_ends_for_all_when_one_is_found_to_have_been_long(never_watched: None) -> None:
+    quiet = asyncio.create_task(run_process(["head", "-c", "1000000", "/dev/zero"], capture_output=True))
+    await asyncio.sleep(0)
+    _core.quiet_time(0)
+    short = asyncio.create_task(run_process(["head", "-c", "1000000", "/dev/zero"], capture_output=True))
+    for task in (quiet, short):
+        assert len((await task).stdout) == 1000000
 
 
 async def test_each_launch_has_its_own_time_unwatched() -> None:
