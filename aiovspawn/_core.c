@@ -603,19 +603,6 @@ static PyObject *event_tuple(const struct hub_event *event)
     return NULL;
 }
 
-static PyObject *event_list(const struct hub *hub, int count)
-{
-    PyObject *list = PyList_New(count);
-    for (int i = 0; list && i < count; i++) {
-        PyObject *tuple = event_tuple(&hub->events[i]);
-        if (tuple)
-            PyList_SET_ITEM(list, i, tuple);
-        else
-            Py_CLEAR(list);
-    }
-    return list;
-}
-
 /* Does what the one-shots' events ask for; gives how many are left to be told. Runs no
  * Python code, so all launches of the batch are still there. */
 static int settle(struct hub *hub, int count)
@@ -629,26 +616,126 @@ static int settle(struct hub *hub, int count)
     return left;
 }
 
-static PyObject *extend_queue(HubObject *self, PyObject *queue, int count)
+/* Appends events to a queue, as tuples. */
+static int queue_events(HubObject *self, PyObject *queue, const struct hub_event *events, int count)
 {
-    if (count < 0)
-        return core_raise_errno(count);
-    count = settle(self->hub, count);
-    PyObject *list = event_list(self->hub, count);
-    hub_done(self->hub);
-    PyObject *result = list ? PyObject_CallMethodOneArg(queue, ((core_state *)PyType_GetModuleState(Py_TYPE(self)))->extend, list) : NULL;
+    if (count == 0)
+        return 0;
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyObject *list = PyList_New(count);
+    for (int i = 0; list && i < count; i++) {
+        PyObject *tuple = event_tuple(&events[i]);
+        if (tuple)
+            PyList_SET_ITEM(list, i, tuple);
+        else
+            Py_CLEAR(list);
+    }
+    PyObject *result = list ? PyObject_CallMethodOneArg(queue, state->extend, list) : NULL;
     Py_XDECREF(list);
-    return result;
+    Py_XDECREF(result);
+    return result ? 0 : -1;
 }
 
-static PyObject *Hub_drain(HubObject *self, PyObject *queue)
+/* The object of a launch in one shot that is told of its events itself, or NULL. */
+static LaunchObject *awaited_launch(const struct hub_event *event)
 {
-    return extend_queue(self, queue, hub_drain(self->hub));
+    if (!event->one_shot)
+        return NULL;
+    LaunchObject *launch = (LaunchObject *)((char *)event->one_shot - offsetof(LaunchObject, one_shot));
+    return launch->awaited ? launch : NULL;
 }
 
-static PyObject *Hub_sweep(HubObject *self, PyObject *queue)
+/* Tells one, which leaves the transports at its end: before anybody who is woken can have it
+ * taken over. 0, or -1 with an exception set. */
+static int tell(LaunchObject *launch, const struct hub_event *event, PyObject *transports)
 {
-    return extend_queue(self, queue, hub_sweep(self->hub));
+    if ((int)event->kind == ONESHOT_FINISHED) {
+        PyObject *id = PyLong_FromUnsignedLongLong(event->id);
+        int held = id ? PyDict_Contains(transports, id) : -1;
+        int result = held > 0 ? PyDict_DelItem(transports, id) : held;
+        Py_XDECREF(id);
+        if (result < 0)
+            return -1;
+    }
+    PyObject *result = launch_object_tell(launch, (int)event->kind, event->value, (int)event->step);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+/* Tells the awaited launches of their events, in a copy: who is woken may drain the hub. What
+ * one raises ends that; then, and of a launch that has been taken over meanwhile, the
+ * events are queued. Releases the launches. */
+static int tell_all(HubObject *self, PyObject *queue, PyObject *transports, LaunchObject **launches,
+                    const struct hub_event *events, int count)
+{
+    PyObject *type = NULL, *value = NULL, *traceback = NULL;
+    for (int i = 0; i < count; i++) {
+        int result = type || !launches[i]->awaited ? queue_events(self, queue, &events[i], 1)
+                                                   : tell(launches[i], &events[i], transports);
+        if (result < 0 && !type)
+            PyErr_Fetch(&type, &value, &traceback);
+        else if (result < 0)
+            PyErr_Clear();
+        Py_DECREF(launches[i]);
+    }
+    if (!type)
+        return 0;
+    PyErr_Restore(type, value, traceback);
+    return -1;
+}
+
+/* Appends events to the queue; those of awaited launches are told at once, if there are
+ * transports and nobody is still to be told of earlier ones. */
+static PyObject *pass_on(HubObject *self, PyObject *const *args, Py_ssize_t count, int events)
+{
+    struct hub_event told[HUB_EVENTS];
+    LaunchObject *launches[HUB_EVENTS];
+    int tellable = 0, left = 0, result = -1;
+    if (events < 0)
+        return core_raise_errno(events);
+    struct hub *hub = self->hub;
+    events = settle(hub, events);
+    Py_ssize_t waiting = count == 2 ? PyObject_Size(args[0]) : 1;
+    for (int i = 0; i < events; i++) {
+        LaunchObject *launch = waiting ? NULL : awaited_launch(&hub->events[i]);
+        if (launch) {
+            launches[tellable] = (LaunchObject *)Py_NewRef(launch);
+            told[tellable++] = hub->events[i];
+        } else {
+            hub->events[left++] = hub->events[i];
+        }
+    }
+    if (waiting >= 0)
+        result = queue_events(self, args[0], hub->events, left);
+    hub_done(hub);
+    if (result == 0)
+        result = tell_all(self, args[0], args[1], launches, told, tellable);
+    else
+        while (tellable > 0)
+            Py_DECREF(launches[--tellable]);
+    if (result < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static bool check_queue(const char *name, PyObject *const *args, Py_ssize_t count)
+{
+    if (count == 1 || (count == 2 && PyDict_Check(args[1])))
+        return true;
+    PyErr_Format(PyExc_TypeError, "%s() takes a queue and a dict of transports", name);
+    return false;
+}
+
+/* drain(queue, transports): see pass_on(). Without the transports all events are queued. */
+static PyObject *Hub_drain(HubObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    return check_queue("drain", args, count) ? pass_on(self, args, count, hub_drain(self->hub)) : NULL;
+}
+
+/* sweep(queue, transports) */
+static PyObject *Hub_sweep(HubObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    return check_queue("sweep", args, count) ? pass_on(self, args, count, hub_sweep(self->hub)) : NULL;
 }
 
 /* undecided() -> how many launches are neither known to have exec'd nor to have failed. */
@@ -660,8 +747,8 @@ static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)(void (*)(void))Hub_launch, METH_FASTCALL, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
-    {"drain", (PyCFunction)Hub_drain, METH_O, NULL},
-    {"sweep", (PyCFunction)Hub_sweep, METH_O, NULL},
+    {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
+    {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
     {"undecided", (PyCFunction)Hub_undecided, METH_NOARGS, NULL},
     {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
     {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},

@@ -137,11 +137,12 @@ class LoopHub:
             self.transports.pop(launch.id, None)
             launch.on_event(EXITED, returncode)
 
-    def _dispatch(self, fill: Callable[[deque[tuple[int, int, Any]]], None] | None = None) -> None:
+    def _dispatch(self, fill: Callable[..., None] | None = None) -> None:
         events, transports = self.events, self.transports
         try:
             if fill is not None:
-                fill(events)  # in C: an event that was not returned yet cannot be lost
+                # In C: an event that was not returned yet cannot be lost. Most launches are told there.
+                fill(events, transports)
             while events:
                 key, kind, value = events.popleft()
                 transport = transports.get(key)

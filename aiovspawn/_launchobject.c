@@ -35,7 +35,7 @@ LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool p
         self->one_shot = (struct one_shot){.limit = limit, .pauses = pauses};
         self->waiters = NULL;
         self->stage = 0;
-        self->failed = self->streamed = false;
+        self->failed = self->streamed = self->awaited = false;
         self->exceeded = 0;
         PyObject_GC_Track(self);
     }
@@ -286,7 +286,7 @@ _Static_assert((int)HUB_EXECED < (int)HUB_EXITED && (int)HUB_EXITED < (int)ONESH
 
 static bool has_come(const LaunchObject *self, int stage)
 {
-    return self->failed || self->exceeded || self->stage >= stage;
+    return self->failed || self->exceeded || self->streamed || self->stage >= stage;
 }
 
 /* Who was cancelled is not coming back. */
@@ -309,6 +309,7 @@ static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssi
         return NULL;
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
     PyObject *waiter = waiter_new(state->waiter_type, args[0], (int)stage);
+    self->awaited = !self->streamed;
     if (waiter && has_come(self, (int)stage)) {
         Py_DECREF(waiter_finish(waiter, false, NULL)); /* nobody to wake: it cannot fail */
     } else if (waiter) {
@@ -355,35 +356,42 @@ static PyObject *wake_waiters(LaunchObject *self, int stage, bool at_once)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* on_event(kind, value): an event of the hub. At the end the launch is closed: who keeps an exception
+/* An event of the hub; step: of HUB_FAILED. At the end the launch is closed: who keeps an exception
  * keeps it too. */
-static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+PyObject *launch_object_tell(LaunchObject *self, int kind, int value, int step)
 {
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "on_event() takes 2 arguments (%zd given)", count);
-    long kind = PyLong_AsLong(args[0]);
-    if (kind == -1 && PyErr_Occurred())
-        return NULL;
     if (kind == HUB_FAILED) {
-        if (!PyArg_ParseTuple(args[1], "ii", &self->failed_step, &self->failed_error))
-            return NULL;
         self->failed = true;
-    } else {
-        long value = PyLong_AsLong(args[1]);
-        if (value == -1 && PyErr_Occurred())
-            return NULL;
-        if (kind == ONESHOT_EXCEEDED)
-            self->exceeded = (int)value;
-        else if (self->stage < kind)
-            self->stage = (int)kind;
-        if (kind == HUB_EXITED || kind == ONESHOT_FINISHED)
-            self->one_shot.returncode = (int)value; /* in a forked child nobody else tells */
-        if (kind == ONESHOT_FINISHED) {
-            launch_close(self->launch);
-            oneshot_release_input(&self->one_shot);
-        }
+        self->failed_step = step;
+        self->failed_error = value;
+    } else if (kind == ONESHOT_EXCEEDED) {
+        self->exceeded = value;
+    } else if (self->stage < kind) {
+        self->stage = kind;
+    }
+    if (kind == HUB_EXITED || kind == ONESHOT_FINISHED)
+        self->one_shot.returncode = value; /* in a forked child nobody else tells */
+    if (kind == ONESHOT_FINISHED) {
+        launch_close(self->launch);
+        oneshot_release_input(&self->one_shot);
     }
     return wake_waiters(self, self->failed || self->exceeded ? (int)ONESHOT_FINISHED : self->stage, true);
+}
+
+/* on_event(kind, value): launch_object_tell(), by one who has the event from a queue. */
+static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    int kind, value, step = 0;
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "on_event() takes 2 arguments (%zd given)", count);
+    kind = (int)PyLong_AsLong(args[0]);
+    if (kind == HUB_FAILED && !PyArg_ParseTuple(args[1], "ii", &step, &value))
+        return NULL;
+    if (kind != HUB_FAILED)
+        value = (int)PyLong_AsLong(args[1]);
+    if (PyErr_Occurred())
+        return NULL;
+    return launch_object_tell(self, kind, value, step);
 }
 
 /* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
@@ -419,6 +427,7 @@ static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
  * old, for whoever is to hear of the next. */
 static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
+    self->awaited = false;
     if (self->failed)
         return Py_BuildValue("[(i(ii))]", (int)HUB_FAILED, self->failed_step, self->failed_error);
     PyObject *events = self->exceeded ? Py_BuildValue("[(ii)]", (int)ONESHOT_EXCEEDED, self->exceeded) : PyList_New(0);
@@ -483,6 +492,7 @@ static PyObject *Launch_stream(LaunchObject *self, PyObject *Py_UNUSED(unused))
         return NULL;
     }
     self->streamed = true;
+    self->awaited = false;
     oneshot_end(shot, self->launch);
     PyObject *woken = wake_waiters(self, ONESHOT_FINISHED, false);
     if (!woken)

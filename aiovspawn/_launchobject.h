@@ -28,6 +28,7 @@ typedef struct {
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
     bool failed;
     bool streamed; /* somebody else has been given what had come */
+    bool awaited;  /* by waiter(), and by nobody else: events are told to the object itself */
     int failed_step, failed_error;
     int exceeded; /* 1 or 2, whose output was too long; 0 for none */
 } LaunchObject;
@@ -36,6 +37,7 @@ extern PyType_Spec launch_spec;
 
 LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool pauses);
 PyObject *launch_object_fill(LaunchObject *self, struct launch *launch, enum spawn_rung rung);
+PyObject *launch_object_tell(LaunchObject *self, int kind, int value, int step);
 const char *launch_rung_name(int rung);
 PyObject *core_raise_errno(int negative);
 

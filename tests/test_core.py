@@ -437,6 +437,74 @@ def waking_fails(hub: _core.Hub) -> None:
     assert woken == [second]
 
 
+def exited(hub: _core.Hub, count: int) -> tuple[list[_core.Launch], dict[int, Any]]:
+    """One-shots whose exits one drain finds, and the transports of their loop."""
+    children = [one_shot(hub, "/bin/true", stdin=INHERIT) for _ in range(count)]
+    for child in children:
+        assert select.select([child.pidfd], [], [], 10)[0]
+    return children, {child.id: child for child in children}
+
+
+def told_at_once(hub: _core.Hub) -> None:
+    """Who is awaited is told in the drain; the others' events are queued."""
+    loop, events = Loop(), deque[tuple[int, int, Any]]()
+    children, transports = exited(hub, 3)
+    for child in children[::2]:
+        woken = await_it(child.waiter(loop, 7))
+    hub.drain(events, transports)
+    assert len(woken) == 1
+    assert list(events) == [(children[1].id, 7, 0)]
+    assert transports == {children[1].id: children[1]}
+    assert [child.outcome() is None for child in children] == [False, True, False]
+    # Not before those who wait in line, and not where there are no transports.
+    for line, arguments in (events, (transports,)), (deque(), ()):
+        before = list(line)
+        children, transports = exited(hub, 2)
+        woken = await_it(children[0].waiter(loop, 7))
+        hub.drain(line, *arguments)  # type: ignore[arg-type]
+        assert not woken
+        assert sorted(line) == [*before, *((child.id, 7, 0) for child in children)]
+        assert len(transports) == 2
+    for wrong in (), (deque(), {}, 0), (deque(), []), (0,):
+        kept = exited(hub, 1)
+        with pytest.raises((TypeError, AttributeError)):
+            hub.drain(*wrong)  # type: ignore[arg-type]
+        del kept
+
+
+def told_at_once_fails(hub: _core.Hub) -> None:
+    """Of who has been taken over meanwhile, and where the loop ends, the events are queued."""
+    loop, events = Loop(), deque[tuple[int, int, Any]]()
+    children, transports = exited(hub, 4)
+    order: list[int] = []
+
+    def wake(waiting: _core.Waiter) -> None:
+        order.append(len(order))
+        if len(order) == 1:
+            for child in children:
+                child.take_over()
+                if child is not children[-1]:
+                    child.waiter(loop, 5)  # but for one somebody has come again
+        else:
+            raise SystemExit
+
+    for child in children:
+        waiting = child.waiter(loop, 7)
+        next(waiting.__await__())
+        waiting.add_done_callback(wake, context=contextvars.copy_context())
+    with pytest.raises(SystemExit):
+        hub.drain(events, transports)
+    assert len(order) == 2
+    assert len(events) == 2
+    assert all(key in transports and (kind, value) == (7, 0) for key, kind, value in events)
+    assert len(transports) == 2
+    # And the dict may be any.
+    children, transports = exited(hub, 1)
+    await_it(children[0].waiter(loop, 7))
+    hub.drain(deque(), {})
+    assert children[0].outcome() is not None
+
+
 def waiter(hub: _core.Hub) -> None:
     loop = asyncio.new_event_loop()
 
@@ -512,7 +580,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.fileno": lambda hub: hub.fileno(),
     "Hub.launch": lambda hub: (finished(hub, b"/bin/true"), hub_with_a_failing_launch(hub)),
     "Hub.adopt": adopt,
-    "Hub.drain": lambda hub: finished(hub, b"/bin/echo", "x", stdio=(INHERIT, PIPE, INHERIT)),
+    "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
     "Hub.undecided": sweep,
     "Hub.close": lambda hub: _core.Hub().close(),
