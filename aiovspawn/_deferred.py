@@ -14,13 +14,14 @@ import signal
 import sys
 import warnings
 from asyncio.subprocess import SubprocessStreamProtocol
+from copy import copy
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._attempts import launch
-from ._hub import EXECED, EXITED, FINISHED, LoopHub
-from ._request import Request, request_of
+from ._attempts import launch_awaited
+from ._hub import EXECED, EXITED, FINISHED, LoopHub, hub_of
+from ._request import Parts, Request, plain_request, request_of, whole
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
 
 if TYPE_CHECKING:
@@ -40,18 +41,45 @@ class Deferred:
 
     __slots__ = ("_factory", "_hub", "_over", "_readers", "_request", "launch")
 
-    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request, launch: _core.Launch) -> None:
+    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request | Parts) -> None:
+        """Launch the request."""
+        self._over = True  # until there is something to look after
         self._hub = hub
         self._factory = factory
         self._request = request
-        self.launch = launch
         self._readers = 0
+        self.launch = launch_awaited(hub, request, 2 * factory.limit, True)
         self._over = False
 
-    async def wait(self) -> int | None:
-        """Wait for the exit and return the returncode; None: the streams have to tell it."""
+    async def started(self) -> Deferred | Streams:
+        """Wait until the program runs, and return this, or the streams of a later attempt.
+
+        Raises as subprocess does if it does not run. Cancelled, it kills the child and waits
+        until that is reaped.
+        """
         launch = self.launch
-        await launch.waiter(self._factory.loop, EXITED)
+        try:
+            await launch.waiter(self._factory.loop, EXECED)
+            if launch.stage:
+                return self
+            transport, protocol = self.open()  # it has failed, but may be tried again
+        except GeneratorExit:
+            self.forget()  # closed, not cancelled: there may be no loop to wait on
+            raise
+        except BaseException:
+            transport, protocol = self.open()
+            await transport.undo()
+            raise
+        await until_it_runs(transport)
+        return transport, protocol
+
+    def exit_waiter(self) -> _core.Waiter:
+        """What the exit wakes, after which there is a returncode()."""
+        return self.launch.waiter(self._factory.loop, EXITED)
+
+    def returncode(self) -> int | None:
+        """Return the returncode after the exit; None: the streams have to tell it."""
+        launch = self.launch
         return launch.poll() if launch.stage >= EXITED and not launch.status_lost else None
 
     async def communicate(self) -> tuple[bytes | None, bytes | None] | None:
@@ -73,7 +101,7 @@ class Deferred:
         self._over = True
         protocol = self._factory()
         transport = SubprocessTransport(
-            self._hub, self._factory.loop, protocol, self._request, launch=self.launch
+            self._hub, self._factory.loop, protocol, whole(self._request), launch=self.launch
         )
         return transport, protocol
 
@@ -95,11 +123,33 @@ class Deferred:
             warnings.warn(f"unclosed process {self.launch.pid}", ResourceWarning, source=self, stacklevel=2)
         elif loop.is_running() and asyncio._get_running_loop() is not loop:
             # By the garbage collector, in another thread. If the loop is closed first, there is this again.
-            again = Deferred(self._hub, self._factory, self._request, self.launch)
+            again = copy(self)
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(again.open)
         else:
             self.open()
+
+
+def launch_deferred(
+    loop: asyncio.AbstractEventLoop,
+    factory: StreamsFactory,
+    args: Any,
+    shell: bool,
+    stdio: tuple[Any, Any, Any],
+) -> Deferred | None:
+    """Launch without keywords, by the core, what can be deferred; None: nothing has been done."""
+    stdin = stdio[0]
+    if not (stdin is None or (type(stdin) is int and stdin != PIPE)) or not _can_defer(factory):
+        return None
+    hub = hub_of(loop)
+    if hub is None:
+        return None
+    return Deferred(hub, factory, plain_request(args, shell, *stdio))
+
+
+def _can_defer(factory: StreamsFactory) -> bool:
+    limit = factory.limit
+    return type(limit) is int and 0 < limit <= LIMIT_MAX and not factory.loop.get_debug()
 
 
 async def start_deferred(
@@ -112,14 +162,7 @@ async def start_deferred(
     keywords: dict[str, Any],
 ) -> Deferred | Streams:
     """start_subprocess() for a process with streams, which are opened now only where that is needed."""
-    limit = factory.limit
-    if (
-        by_popen
-        or type(limit) is not int
-        or not 0 < limit <= LIMIT_MAX
-        or not NEED_A_TRANSPORT.isdisjoint(keywords)
-        or loop.get_debug()
-    ):
+    if by_popen or not NEED_A_TRANSPORT.isdisjoint(keywords) or not _can_defer(factory):
         return await start_subprocess(hub, loop, factory, args, by_popen, shell, keywords)
     stdio = keywords.pop("stdin"), keywords.pop("stdout"), keywords.pop("stderr")
     request = request_of(args, False, shell, stdio, keywords)
@@ -128,22 +171,4 @@ async def start_deferred(
         transport = SubprocessTransport(hub, loop, protocol, request)
         await until_it_runs(transport)
         return transport, protocol
-    started = launch(hub, request, request.stdio, True, 2 * limit, True)
-    deferred = Deferred(hub, factory, request, started)
-    hub.transports[started.id] = started
-    try:
-        if not hub.sweeping:
-            hub.await_verdict()
-        await started.waiter(loop, EXECED)
-        if started.stage:
-            return deferred
-        transport, protocol = deferred.open()  # it has failed, but may be tried again
-    except GeneratorExit:
-        deferred.forget()  # closed, not cancelled: there may be no loop to wait on
-        raise
-    except BaseException:
-        transport, protocol = deferred.open()
-        await transport.undo()
-        raise
-    await until_it_runs(transport)
-    return transport, protocol
+    return await Deferred(hub, factory, request).started()

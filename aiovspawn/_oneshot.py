@@ -16,19 +16,10 @@ from subprocess import PIPE
 from typing import Any
 
 from . import _core
-from ._attempts import Attempts, launch, launch_failure
+from ._attempts import Attempts
 from ._hub import EXCEEDED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import DEFAULT, KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
-from ._request import (
-    DEFAULT_STEPS,
-    TERMINAL,
-    Parts,
-    Request,
-    launch_error,
-    plain_parts,
-    request_of,
-    request_of_parts,
-)
+from ._request import TERMINAL, Parts, Request, launch_error, request_of, whole
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -321,41 +312,8 @@ def request_one_shot(
     return request
 
 
-def launch_quickly(hub: LoopHub, request: Request) -> _core.Launch:
-    """Launch what has no input and no limits, with no OneShot to look after it.
-
-    What its waiter(loop, FINISHED) tells may be a failure, and whoever awaits that may be
-    cancelled: then take_over() is to be called.
-    """
-    started = launch(hub, request, request.stdio, True, DEFAULT.output)
-    hub.transports[started.id] = started
-    if not hub.sweeping:
-        hub.await_verdict()
-    return started
-
-
-def launch_plainly(
-    hub: LoopHub, args: Any, shell: bool, stdout: Any, stderr: Any
-) -> tuple[Parts, _core.Launch]:
-    """launch_quickly() without keywords and without a Request: few launches ever need one."""
-    parts = plain_parts(args, shell, None, stdout, stderr)
-    _, arguments, programs, stdio = parts
-    try:
-        started = hub.core.launch(
-            programs, arguments, None, stdio, (), DEFAULT_STEPS, True, -1, True, DEFAULT.output, False
-        )
-    except OSError as exc:
-        raise launch_failure(request_of_parts(parts), exc) from None
-    hub.transports[started.id] = started
-    if not hub.sweeping:
-        hub.await_verdict()
-    return parts, started
-
-
 def take_over(
     hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request | Parts, launch: _core.Launch
 ) -> OneShot:
-    """Look after what was launched quickly or plainly."""
-    if isinstance(request, tuple):
-        request = request_of_parts(request)
-    return OneShot(hub, loop, request, None, DEFAULT, launch)
+    """Look after what was launched without a OneShot: launch_awaited() says why."""
+    return OneShot(hub, loop, whole(request), None, DEFAULT, launch)

@@ -179,8 +179,10 @@ class Process(asyncio.subprocess.Process):
 
     async def wait(self) -> int:
         """Wait for the exit and return the returncode; see subprocess.Popen.returncode."""
-        if self._deferred is not None:
-            returncode = await self._deferred.wait()
+        deferred = self._deferred
+        if deferred is not None:
+            await deferred.exit_waiter()
+            returncode = deferred.returncode()
             if returncode is not None:
                 return returncode
         return await super().wait()
@@ -243,8 +245,12 @@ async def create_subprocess_exec(
     process behind.
     """
     loop = asyncio.get_running_loop()
-    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     factory = StreamsFactory(limit, loop)
+    if not kwds and ladder.way == "core":
+        deferred = ladder.launch_deferred(loop, factory, (program, *args), False, (stdin, stdout, stderr))
+        if deferred is not None:
+            return _process_of(await deferred.started(), loop)
+    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     started = await subprocess_exec(
         loop, loop.subprocess_exec, factory, (program, *args), kwds, ladder.start_deferred
     )
@@ -265,7 +271,11 @@ async def create_subprocess_shell(
     of create_subprocess_exec().
     """
     loop = asyncio.get_running_loop()
-    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     factory = StreamsFactory(limit, loop)
+    if not kwds and ladder.way == "core" and isinstance(cmd, (str, bytes)):
+        deferred = ladder.launch_deferred(loop, factory, cmd, True, (stdin, stdout, stderr))
+        if deferred is not None:
+            return _process_of(await deferred.started(), loop)
+    kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     started = await subprocess_shell(loop, loop.subprocess_shell, factory, cmd, kwds, ladder.start_deferred)
     return _process_of(started, loop)

@@ -30,9 +30,6 @@ BAD_FD = -5
 TERMINAL = -6
 """The program's new terminal."""
 
-CAPTURE_STDOUT = (INHERIT, PIPE, INHERIT)
-CAPTURE_BOTH = (INHERIT, PIPE, PIPE)
-
 STANDARD_FDS = frozenset((0, 1, 2))
 
 UNIX_SHELL = "/system/bin/sh" if hasattr(sys, "getandroidapilevel") else "/bin/sh"
@@ -63,8 +60,8 @@ class Request:
     """Keywords for subprocess.Popen, when only that can serve (preexec_fn)."""
 
 
-Parts: TypeAlias = "tuple[Any, list[Any], tuple[StrOrBytesPath, ...], tuple[int, int, int]]"
-"""Of a request: given, args, programs and stdio."""
+Parts: TypeAlias = tuple[Any, list[Any], tuple[StrOrBytesPath, ...], tuple[int, int, int]]
+"""Of a Request that has nothing else: given, args, programs and stdio."""
 
 
 def request_of(
@@ -77,7 +74,7 @@ def request_of(
     """
     stdin, stdout, stderr = stdio
     if not keywords and not by_popen:
-        return plain_request(args, shell, stdin, stdout, stderr)
+        return whole(plain_request(args, shell, stdin, stdout, stderr))
     options = {name: keywords.pop(name) for name in list(keywords) if name in MAKERS}
     return make_request(
         args, by_popen, options, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
@@ -192,20 +189,16 @@ def make_request(
     )
 
 
-def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Request:
-    """make_request() without options: what most launches are, in a third of the time."""
-    return request_of_parts(plain_parts(args, shell, stdin, stdout, stderr))
-
-
-def plain_parts(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Parts:
-    """What of a plain_request() differs from launch to launch."""
-    if stdin is None and stdout is PIPE and (stderr is None or stderr is PIPE):
-        stdio = CAPTURE_STDOUT if stderr is None else CAPTURE_BOTH
+def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Parts:
+    """make_request() without keywords: what most launches are, in a fifth of the time."""
+    if stdin is None and (stdout is None or stdout is PIPE) and (stderr is None or stderr is PIPE):
+        stdio = INHERIT, INHERIT if stdout is None else PIPE, INHERIT if stderr is None else PIPE
     else:
         if stdout == STDOUT:
             raise ValueError("STDOUT can only be used for stderr")
         stdio = _stdio_plan(stdin, stdout, stderr)
-    arguments = list(args) if type(args) is list and not shell else _arguments(args, shell, None)
+    is_list = (type(args) is list or type(args) is tuple) and not shell
+    arguments = list(args) if is_list else _arguments(args, shell, None)
     executable = arguments[0]
     sys.audit("subprocess.Popen", executable, arguments, None, None)
     if type(executable) is str and "/" in executable:
@@ -213,9 +206,11 @@ def plain_parts(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) ->
     return args, arguments, _candidates(executable, None), stdio
 
 
-def request_of_parts(parts: Parts) -> Request:
-    """The plain_request() with these parts."""
-    args, arguments, programs, stdio = parts
+def whole(request: Request | Parts) -> Request:
+    """The Request of which there may be only the parts."""
+    if not isinstance(request, tuple):
+        return request
+    args, arguments, programs, stdio = request
     return Request(
         args, arguments, arguments[0], None, programs, None, stdio, (), DEFAULT_STEPS, True, -1, None
     )

@@ -154,13 +154,14 @@ async def run_process(
         request: Any
         ended = outcome = launch = None
         if is_plain and limits is DEFAULT and timeout is None and stdin is None:
-            request, launch = one_shot.launch_plainly(hub, args, shell, stdout, stderr)
+            request = ladder.plain_request(args, shell, None, stdout, stderr)
+            launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
         else:
             request = one_shot.request_one_shot(
                 args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds
             )
             if limits is DEFAULT and timeout is None and stdin is None and request.popen is None:
-                launch = one_shot.launch_quickly(hub, request)
+                launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
             else:
                 ended = one_shot.OneShot(hub, loop, request, input, limits)
         input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
