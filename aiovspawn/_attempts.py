@@ -96,15 +96,12 @@ class Attempts:
     limit: None, or for a one-shot the bytes of each pipe that are kept, -1 for all.
     """
 
-    # What few launches change is the class's own until then.
     _launch: _core.Launch
-    _may_share_fds = True
+
+    # What few launches change, and few ask for, is the class's own until then.
     _retries = 0
     _first_id = 0
     _contended = False
-    _keeper: _core.Launch | None = None
-    """A failed attempt that keeps duplicates of the parent's stdio for the next."""
-    _retry_timer: asyncio.TimerHandle | None = None
 
     def __init__(
         self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, limit: int | None
@@ -113,6 +110,10 @@ class Attempts:
         self._hub = hub
         self._request = request
         self._limit = limit
+        self._may_share_fds = True
+        self._keeper: _core.Launch | None = None
+        """A failed attempt that keeps duplicates of the parent's stdio for the next."""
+        self._retry_timer: asyncio.TimerHandle | None = None
 
     def _attempted(self) -> None:
         """There is a child."""

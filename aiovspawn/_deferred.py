@@ -70,8 +70,7 @@ class Deferred:
             transport, protocol = self.open()
             await transport.undo()
             raise
-        await until_it_runs(transport)
-        return transport, protocol
+        return await until_it_runs(transport, protocol)
 
     def exit_waiter(self) -> _core.Waiter:
         """What the exit wakes, after which there is a returncode()."""
@@ -168,7 +167,5 @@ async def start_deferred(
     request = request_of(args, False, shell, stdio, keywords)
     if request.stdio[0] == PIPE:
         protocol = factory()
-        transport = SubprocessTransport(hub, loop, protocol, request)
-        await until_it_runs(transport)
-        return transport, protocol
+        return await until_it_runs(SubprocessTransport(hub, loop, protocol, request), protocol)
     return await Deferred(hub, factory, request).started()

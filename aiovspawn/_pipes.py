@@ -41,6 +41,7 @@ class _Pipe:
         self.disconnected = False
         self._launch = launch
         self._closing = False
+        self._paused = False
         self._file: io.FileIO | None = None
 
     def __repr__(self) -> str:
@@ -94,10 +95,6 @@ class _Pipe:
 
 class ReadPipe(_Pipe, asyncio.ReadTransport):
     """The parent's end of the child's stdout or stderr."""
-
-    def __init__(self, process: SubprocessTransport, launch: _core.Launch, fd: int) -> None:
-        super().__init__(process, launch, fd)
-        self._paused = False
 
     def on_event(self, value: bytes | int) -> None:
         """Take what the hub has read: bytes, none at the end, or an errno."""

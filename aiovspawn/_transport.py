@@ -24,7 +24,7 @@ import contextlib
 import contextvars
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from enum import Enum
 from subprocess import PIPE
 from typing import Any, TypeVar
@@ -47,8 +47,13 @@ class State(Enum):
     ABANDONED = "abandoned"
 
 
+LAUNCHING, RUNNING, FINISHED, ABANDONED = State
+
+
 class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     """A child process of a loop; see asyncio.SubprocessTransport."""
+
+    _extra: dict[str, Any]
 
     def __init__(
         self,
@@ -61,20 +66,20 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         launch: _core.Launch | None = None,
     ) -> None:
         """Launch the request, or take over a launch in one shot."""
-        asyncio.SubprocessTransport.__init__(self)
+        asyncio.SubprocessTransport.__init__(self, extra)
         Attempts.__init__(self, hub, loop, request, None)
-        self._info: dict[str, Any] = dict(extra or {})
         self.context = contextvars.copy_context()
         self._protocol: asyncio.SubprocessProtocol | None = protocol
         self._keeps_pidfd = keeps_pidfd
+        # All here and none as the class's own: what is read through the class is slower.
         self._closed = True  # until there is something to close
-        self._state = State.LAUNCHING
+        self._state = LAUNCHING
         self._returncode: int | None = None
         self._exit_told = False
-        self._exit_waiters: list[_core.Waiter] = []
-        self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._at_once = False  # in an event of the hub, and not in a callback of the protocol
         self._scheduled = 0  # callbacks that wait for the next turn of the loop
+        self._exit_waiters: list[_core.Waiter] = []
+        self._held_back: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self.verdict = _core.Waiter(loop)
         if launch is None:
             self._attempt()
@@ -93,11 +98,10 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def _make_pipes(self) -> None:
         launch = self._launch
-        self._pipes: dict[int, ReadPipe | WritePipe] = {
-            fd: (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
-            for fd, plan in enumerate(self._request.stdio)
-            if plan == PIPE or (plan == TERMINAL and fd < 2)
-        }
+        self._pipes: dict[int, ReadPipe | WritePipe] = {}
+        for fd, plan in enumerate(self._request.stdio):
+            if plan == PIPE or (plan == TERMINAL and fd < 2):
+                self._pipes[fd] = (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
 
     def _take_over(self, launch: _core.Launch) -> None:
         self._launch = launch
@@ -141,9 +145,9 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._at_once = False
 
     def _execed(self) -> None:
-        if self._state is not State.LAUNCHING:
+        if self._state is not LAUNCHING:
             return
-        self._state = State.RUNNING
+        self._state = RUNNING
         assert self._protocol is not None
         if self._loop.get_debug():
             logger.debug("process %r created: pid %s", self._request.args[0], self._launch.pid)
@@ -152,14 +156,15 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._deliver(self._protocol.connection_made, self)
             for callback, args in held_back:
                 self._deliver(callback, *args)
-            self._try_finish()  # by Popen, the child may have exited already
+            if self._exit_told:
+                self._try_finish()  # by Popen, the child may have exited already
         finally:
             self._wake(self.verdict)
 
     def _failed(self, step: int, error: int) -> None:
         """The child could not exec; it has been reaped."""
         del self._hub.transports[self._launch.id]
-        if self._state is State.LAUNCHING and self._attempt_again(step, error):
+        if self._state is LAUNCHING and self._attempt_again(step, error):
             self._held_back.clear()  # what the failed child's pipes said
             return
         self._attempt_failed(launch_error(self._request, step, error))
@@ -169,7 +174,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._wake(self.verdict, exc)
 
     def _give_up(self) -> None:
-        self._state = State.ABANDONED
+        self._state = ABANDONED
         self._closed = True
         self._launch.close()
         self._returncode = 255
@@ -179,13 +184,13 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def pipe_data(self, fd: int, data: bytes) -> None:
         """Data of the child's stdout or stderr."""
-        if self._state is not State.ABANDONED:
+        if self._state is not ABANDONED:
             assert self._protocol is not None
             self._deliver(self._protocol.pipe_data_received, fd, data)
 
     def pipe_lost(self, fd: int, exc: BaseException | None) -> None:
         """A pipe has come to its end or was closed."""
-        if self._state is not State.ABANDONED:
+        if self._state is not ABANDONED:
             assert self._protocol is not None
             try:
                 self._deliver(self._protocol.pipe_connection_lost, fd, exc)
@@ -200,7 +205,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             logger.info("%r exited with return code %r", self, returncode)
         self._returncode = returncode
         try:
-            if self._state is State.ABANDONED:
+            if self._state is ABANDONED:
                 self._hub.transports.pop(self._launch.id, None)
                 self._launch.close()
             else:
@@ -209,14 +214,15 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._wake_waiters()
 
     def _tell_exit(self) -> None:
-        if any(pipe.disconnects for pipe in self._pipes.values()):
-            # uvloop looks for events before it runs what was scheduled.
-            self._loop.call_soon(self._deliver_exit, context=self.context.copy())
-        else:
-            self._deliver_exit()
+        for pipe in self._pipes.values():
+            if pipe.disconnects:
+                # uvloop looks for events before it runs what was scheduled.
+                self._loop.call_soon(self._deliver_exit, context=self.context.copy())
+                return
+        self._deliver_exit()
 
     def _deliver_exit(self) -> None:
-        if self._state is not State.ABANDONED and self._protocol is not None:
+        if self._state is not ABANDONED and self._protocol is not None:
             try:
                 self._deliver(self._protocol.process_exited)
             finally:
@@ -230,13 +236,16 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         Of an exited process whose pipes are all paused nothing is heard: then only
         its user holds it, as with asyncio's.
         """
-        if self._state is State.LAUNCHING or self._returncode is None:
+        state = self._state
+        if state is LAUNCHING or state is FINISHED or self._returncode is None:
             return
-        if any(pipe.is_watched() for pipe in self._pipes.values()):
-            self._hub.transports[self._launch.id] = self
-        elif self._state is State.RUNNING and self._hub.events:
+        for pipe in self._pipes.values():
+            if pipe.is_watched():
+                self._hub.transports[self._launch.id] = self
+                return
+        if state is RUNNING and self._hub.events:
             self._loop.call_soon(self.keep_while_watched)  # among these there may be one for us
-        elif self._state is State.RUNNING:
+        elif state is RUNNING:
             self._hub.transports.pop(self._launch.id, None)
 
     def _wake_waiters(self) -> None:
@@ -249,11 +258,13 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
                 waiter.finish(False, None)
 
     def _try_finish(self) -> None:
-        if not self._exit_told or self._state is not State.RUNNING:
+        if not self._exit_told or self._state is not RUNNING:
             return
-        if all(pipe.disconnected for pipe in self._pipes.values()):
-            self._state = State.FINISHED
-            self._deliver(self._connection_lost)
+        for pipe in self._pipes.values():
+            if not pipe.disconnected:
+                return
+        self._state = FINISHED
+        self._deliver(self._connection_lost)
 
     def _connection_lost(self) -> None:
         protocol, self._protocol = self._protocol, None
@@ -267,7 +278,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         A copy for each, as in asyncio: a callback does not see what another has set. In the
         next turn of the loop, unless an event of the hub is the reason and none waits for that.
         """
-        if self._state is State.LAUNCHING:
+        if self._state is LAUNCHING:
             self._held_back.append((callback, args))
         elif not self._at_once or self._scheduled:
             self._scheduled += 1
@@ -310,10 +321,10 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Return a Popen-like object for the name "subprocess"; see _popen.PidfdPopen."""
-        if name == "subprocess" and name not in self._info:
+        if name == "subprocess" and name not in self._extra:
             files = [self._pipes[fd].get_extra_info("pipe") if fd in self._pipes else None for fd in range(3)]
-            self._info[name] = _popen.PidfdPopen(self._launch, self._request.given, *files)
-        return self._info.get(name, default)
+            self._extra[name] = _popen.PidfdPopen(self._launch, self._request.given, *files)
+        return self._extra.get(name, default)
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         assert isinstance(protocol, asyncio.SubprocessProtocol)
@@ -401,13 +412,13 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         if self._closed:
             return
         self._closed = True
-        launching = self._state is State.LAUNCHING
+        launching = self._state is LAUNCHING
         self._kill_running(launching)  # first: at the end of its stdin it might exit by itself
         if self._retry_timer is not None:
             self._retry_timer.cancel()
             self._give_up()
         elif launching:
-            self._state = State.ABANDONED
+            self._state = ABANDONED
             for fd in self._pipes:
                 self._launch.close_pipe(fd)
         else:
@@ -431,7 +442,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._closed = True
         if self._retry_timer is not None:
             self._retry_timer.cancel()
-        self._state = State.ABANDONED
+        self._state = ABANDONED
         self._hub.transports.pop(self._launch.id, None)
         if self._returncode is None and self._launch.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -439,7 +450,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
         self._launch.close()
 
 
-async def start_subprocess(
+def start_subprocess(
     hub: LoopHub,
     loop: asyncio.AbstractEventLoop,
     protocol_factory: Callable[[], P],
@@ -447,23 +458,21 @@ async def start_subprocess(
     by_popen: bool,
     shell: bool,
     keywords: dict[str, Any],
-) -> tuple[SubprocessTransport, P]:
-    """Launch a child and wait until its program runs; raise as subprocess does if it does not.
+) -> Coroutine[Any, Any, tuple[SubprocessTransport, P]]:
+    """Launch a child; what is returned waits until its program runs, see until_it_runs().
 
     args, by_popen, shell: those of make_request(). keywords: its others; extra, for
     get_extra_info(); _keeps_pidfd, as by keep_pidfd() from the beginning. They are used up.
-    Cancelled, it kills the child and waits until that is reaped.
     """
     protocol = protocol_factory()
     extra, keeps_pidfd = keywords.pop("extra", None), keywords.pop("_keeps_pidfd", False)
     stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
     request = request_of(args, by_popen, shell, stdio, keywords)
-    transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd)
-    await until_it_runs(transport)
-    return transport, protocol
+    extra = None if extra is None else dict(extra)
+    return until_it_runs(SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd), protocol)
 
 
-async def until_it_runs(transport: SubprocessTransport) -> None:
+async def until_it_runs(transport: SubprocessTransport, protocol: P) -> tuple[SubprocessTransport, P]:
     """Wait until a launch is known to have exec'd; raise as subprocess does if it has not.
 
     Cancelled, it kills the child and waits until that is reaped.
@@ -476,3 +485,4 @@ async def until_it_runs(transport: SubprocessTransport) -> None:
     except BaseException:
         await transport.undo()
         raise
+    return transport, protocol
