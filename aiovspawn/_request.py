@@ -20,7 +20,17 @@ from typing import Any, TypeAlias
 
 from . import _core
 from ._options import reject_options
-from ._steps import C_INT_MAX, MAKERS, NO_OPTIONS, Step, map_stdio, normal_fd_map, option_steps
+from ._steps import (
+    C_INT_MAX,
+    MAKERS,
+    NO_OPTIONS,
+    Step,
+    map_stdio,
+    normal_fd_map,
+    option_steps,
+    remember_steps,
+    remembered_steps,
+)
 
 StrOrBytesPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -75,7 +85,10 @@ def request_of(
     stdin, stdout, stderr = stdio
     if not keywords and not by_popen:
         return whole(plain_request(args, shell, stdin, stdout, stderr))
-    options = {name: keywords.pop(name) for name in list(keywords) if name in MAKERS}
+    if keywords.keys() <= MAKERS.keys():
+        options, keywords = keywords, {}
+    else:
+        options = {name: keywords.pop(name) for name in list(keywords) if name in MAKERS}
     return make_request(
         args, by_popen, options, shell=shell, stdin=stdin, stdout=stdout, stderr=stderr, **keywords
     )
@@ -111,14 +124,23 @@ def make_request(
     """Check the keywords of subprocess.Popen, and options, and make a request of them."""
     checked, terminal = NO_OPTIONS, False
     if options:
-        if options.get("fd_map") is not None:
-            fd_map = options["fd_map"] = normal_fd_map(options["fd_map"])
-            if not STANDARD_FDS.isdisjoint(fd_map):
+        fd_map = options.get("fd_map")
+        known = None if fd_map is not None and pass_fds else remembered_steps(options, user is not None)
+        if known is not None:
+            checked = known
+        elif fd_map is None:
+            checked = option_steps(options, user is not None)
+            remember_steps(options, user is not None, checked)
+        else:
+            fd_map = normal_fd_map(fd_map)
+            checked = option_steps(options | {"fd_map": fd_map}, user is not None)
+            if STANDARD_FDS.isdisjoint(fd_map):
+                remember_steps(options, user is not None, checked)
+            else:
                 stdin, stdout, stderr = map_stdio(fd_map, (stdin, stdout, stderr))
             if pass_fds:
                 pass_fds = tuple(pass_fds)
                 _reject_mapped(fd_map, pass_fds)
-        checked = option_steps(options, user is not None)
         terminal = bool(options.get("pty"))
         start_new_session = start_new_session or terminal or options.get("controlling_terminal") is True
     if stdout == STDOUT:

@@ -13,6 +13,7 @@ import signal
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _core
@@ -463,3 +464,49 @@ def _new_namespaces(steps: Steps) -> int:
 
 def _keeps_capabilities(steps: Steps) -> bool:
     return any(step[0] == _core.STEP_SECUREBITS and step[1] & SECBIT_KEEP_CAPS for step in steps)
+
+
+# ---- the same options once more -----------------------------------------------------------
+
+
+class _Remembered(NamedTuple):
+    values: tuple[Any, ...]
+    """The very objects that were given."""
+    copies: dict[str, Any]
+    """What they were like: some may have been changed since."""
+    changes_user: bool
+    checked: CheckedOptions
+
+
+_remembered_whole: _Remembered | None = None
+_ids_before: tuple[int, ...] = ()
+"""Identities of the values given last: what comes once is not worth remembering."""
+
+DEPENDENT_LIMITS = RAISING_LIMITS | {resource.RLIMIT_NPROC}
+"""For these it matters what the parent's own are."""
+
+
+def remembered_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions | None:
+    """The steps of these options, if they are the same objects as before, and unchanged."""
+    known = _remembered_whole
+    if (
+        known is not None
+        and known.changes_user is changes_user
+        and len(options) == len(known.values)
+        and all(map(is_, options.values(), known.values))
+        and options == known.copies
+    ):
+        return known.checked
+    return None
+
+
+def remember_steps(options: dict[str, Any], changes_user: bool, checked: CheckedOptions) -> None:
+    """Keep what option_steps() has made of options that are given a second time, and depend on nothing."""
+    global _remembered_whole, _ids_before
+    ids = tuple(map(id, options.values()))
+    known, _ids_before = _ids_before, ids
+    if known == ids and all(map(_is_comparable, options.values())):
+        limits = options.get("rlimits")
+        if not limits or DEPENDENT_LIMITS.isdisjoint(map(int, limits)):
+            copies = {name: copy.copy(value) for name, value in options.items()}
+            _remembered_whole = _Remembered(tuple(options.values()), copies, changes_user, checked)

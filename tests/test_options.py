@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import errno
 import fcntl
@@ -25,7 +26,7 @@ from conftest import compile_program, mount_point
 from look import COMMAND, NOBODY, PYTHON, ROOT, look
 
 import aiovspawn
-from aiovspawn import _core
+from aiovspawn import _core, _request, _steps
 
 SYS_ADMIN, SYS_RESOURCE, NET_RAW = (
     aiovspawn.Capability.SYS_ADMIN,
@@ -760,6 +761,76 @@ async def test_a_changed_value_is_another() -> None:
         await look(**options)
         with pytest.raises(TypeError):
             await look(**dict.fromkeys(options, equal))
+
+
+def steps_of(options: dict[str, Any], **keywords: Any) -> tuple[Any, ...]:
+    request = _request.request_of(["true"], False, False, (None, None, None), {**options, **keywords})
+    return request.stdio, request.steps
+
+
+def afresh(options: dict[str, Any], **keywords: Any) -> tuple[Any, ...]:
+    """The steps of equal options that have never been seen."""
+    return steps_of({name: copy.copy(value) for name, value in options.items()}, **keywords)
+
+
+def test_options_given_again_are_remembered_until_they_change() -> None:
+    signals, limits, fds = {10}, {resource.RLIMIT_CORE: (0, 0)}, {9: SOURCE}
+    options = {"nice": 1, "ignore_signals": signals, "rlimits": limits, "fd_map": fds, "chroot": "/"}
+
+    def given_again() -> None:
+        expected = afresh(options)
+        for _ in range(4):
+            assert steps_of(options) == expected
+
+    given_again()
+    seen = [steps_of(options)]
+    assert _steps.remembered_steps(options, False) is not None
+    for change in (
+        lambda: signals.add(12),
+        lambda: limits.update({resource.RLIMIT_CORE: (0, 1)}),
+        lambda: fds.update({8: SOURCE}),
+        lambda: options.update(nice=2),
+        lambda: options.pop("chroot"),
+        lambda: options.update(chroot="/tmp", nice=1),
+    ):
+        change()
+        assert _steps.remembered_steps(options, False) is None
+        given_again()
+        assert steps_of(options) not in seen
+        seen.append(steps_of(options))
+    assert steps_of(dict(reversed(options.items()))) == seen[-1]
+    with pytest.raises(TypeError, match="nice"):
+        steps_of(options | {"nice": True})
+    with pytest.raises(ValueError, match="fd_map"):
+        steps_of(options, pass_fds=(8,))
+    given_again()
+
+
+def test_options_that_depend_on_something_are_not_remembered() -> None:
+    for options in (
+        {"fd_map": {0: SOURCE}},
+        {"rlimits": {resource.RLIMIT_NPROC: (1000, 1000)}},
+        {"rlimits": {13: (1, 1)}, "nice": 1},
+    ):
+        expected = afresh(options)
+        for _ in range(4):
+            assert steps_of(options) == expected
+        assert _steps.remembered_steps(options, False) is None
+    with open("/dev/null") as first:
+        options = {"fd_map": {9: first}}
+        for _ in range(4):
+            assert (_core.STEP_MAP_FD, first.fileno(), 9, None) in steps_of(options)[1]
+    with pytest.raises(ValueError, match="closed file"):
+        steps_of(options)
+
+
+def test_remembered_options_do_not_depend_on_the_user() -> None:
+    options = {"ambient_capabilities": {12}}
+    for user in (None, 0, None, None, 0, 0, None):
+        keywords = {} if user is None else {"user": user}
+        expected = afresh(options, **keywords)
+        for _ in range(3):
+            assert steps_of(options, **keywords) == expected
 
 
 @pytest.mark.parametrize(("options", "kind"), WRONG, ids=ids)
