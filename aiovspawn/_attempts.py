@@ -16,7 +16,7 @@ from typing import Any
 
 from . import _core, _popen
 from ._hub import EXITED, LoopHub
-from ._request import DEFAULT_STEPS, INHERIT, Parts, Request, launch_error, whole
+from ._request import INHERIT, Request, launch_error, request_of_plain
 
 RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
 """Seconds before each new try of a launch that met ETXTBSY, a quarter of a second in all.
@@ -68,24 +68,31 @@ def launch_failure(request: Request, exc: OSError) -> OSError:
     return launch_error(request, exc.step, exc.errno or 0) if hasattr(exc, "step") else exc
 
 
-def launch_awaited(hub: LoopHub, request: Request | Parts, limit: int, pauses: bool) -> _core.Launch:
+def launch_awaited(hub: LoopHub, request: Request, limit: int, pauses: bool) -> _core.Launch:
     """Launch in one shot what a task will await itself, without an Attempts to look after it.
 
     What its waiter() tells may be a failure, and whoever awaits that may be cancelled: then one
-    is to take the launch over, for which it needs the whole() request.
+    is to take the launch over.
     """
-    if isinstance(request, tuple):
-        _, arguments, programs, stdio = request
-        try:
-            started = hub.core.launch(
-                programs, arguments, None, stdio, (), DEFAULT_STEPS, True, -1, True, limit, pauses
-            )
-        except OSError as exc:
-            raise launch_failure(whole(request), exc) from None
-    else:
-        started = launch(hub, request, request.stdio, True, limit, pauses)
+    started = launch(hub, request, request.stdio, True, limit, pauses)
     hub.transports[started.id] = started
     if not hub.sweeping:
+        hub.await_verdict()
+    return started
+
+
+def launch_plain(
+    hub: LoopHub, args: Any, stdout: Any, stderr: Any, limit: int, pauses: bool
+) -> _core.Launch | None:
+    """launch_awaited() in C; None: it is not that plain, see Hub.launch_plain(), and nothing has been done.
+
+    Who takes it over makes its request by request_of_plain().
+    """
+    try:
+        started = hub.core.launch_plain(args, stdout, stderr, hub.transports, limit, pauses)
+    except OSError as exc:
+        raise launch_failure(request_of_plain(args, list(args), stdout, stderr), exc) from None
+    if started is not None and not hub.sweeping:
         hub.await_verdict()
     return started
 

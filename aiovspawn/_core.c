@@ -543,6 +543,81 @@ static PyObject *Hub_launch(HubObject *self, PyObject *const *given, Py_ssize_t 
     return launch;
 }
 
+/* None or PIPE, the very objects; else false. */
+static bool parse_plain_output(PyObject *value, int *ret_source)
+{
+    *ret_source = value == Py_None ? SPAWN_INHERIT : SPAWN_PIPE;
+    return value == Py_None || (PyLong_CheckExact(value) && PyLong_AsLong(value) == SPAWN_PIPE && !PyErr_Occurred());
+}
+
+/* Whether this list begins with a program that is not to be searched for. */
+static bool begins_with_path(PyObject *arguments)
+{
+    PyObject *program = PyList_GET_SIZE(arguments) > 0 ? PyList_GET_ITEM(arguments, 0) : Py_None;
+    return PyUnicode_CheckExact(program) && PyUnicode_FindChar(program, '/', 0, PyUnicode_GET_LENGTH(program), 1) >= 0;
+}
+
+/* The launch of what plain_request() in _request.py would make of these, audited. */
+static LaunchObject *launch_arguments(HubObject *self, PyObject *arguments, struct launch_arguments *args)
+{
+    PyObject *launch = NULL;
+    PyObject *program = PyList_GET_ITEM(arguments, 0), *encoded = NULL;
+    Py_INCREF(program); /* a hook may change the list */
+    if (PySys_Audit("subprocess.Popen", "OOOO", program, arguments, Py_None, Py_None) == 0 &&
+        PyUnicode_FSConverter(program, &encoded)) {
+        args->programs = PyList_New(1);
+        if (args->programs)
+            PyList_SET_ITEM(args->programs, 0, encoded);
+        else
+            Py_DECREF(encoded);
+        args->argv = args->programs ? fs_encode_all(arguments) : NULL;
+        launch = args->argv ? launch_with(self, args) : NULL;
+    }
+    Py_DECREF(program);
+    Py_CLEAR(args->programs);
+    Py_CLEAR(args->argv);
+    return (LaunchObject *)launch;
+}
+
+/* launch_plain(arguments, stdout, stderr, transports, limit, pauses) -> a launch without keywords, in one
+ * shot, which is among the transports; or None, with nothing done: they are not that plain. */
+static PyObject *Hub_launch_plain(HubObject *self, PyObject *const *given, Py_ssize_t count)
+{
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    struct launch_arguments args = {
+        .pass_fds = state->nothing,
+        .steps = state->default_steps,
+        .stdio = {SPAWN_INHERIT, SPAWN_INHERIT, SPAWN_INHERIT},
+        .close_fds = true,
+        .pipe_size = -1,
+        .may_share = true,
+    };
+    if (count != 6 || !PyDict_Check(given[3]))
+        return PyErr_Format(PyExc_TypeError, "launch_plain() takes 6 arguments, the fourth of them a dict");
+    if (!parse_limit(given[4], &args.one_shot, &args.limit) || !parse_truth(given[5], &args.pauses))
+        return NULL;
+    if ((!PyList_CheckExact(given[0]) && !PyTuple_CheckExact(given[0])) ||
+        !parse_plain_output(given[1], &args.stdio[1]) || !parse_plain_output(given[2], &args.stdio[2])) {
+        PyErr_Clear(); /* an int may be too large for a long */
+        Py_RETURN_NONE;
+    }
+    PyObject *arguments = PySequence_List(given[0]), *id = NULL;
+    if (arguments && !begins_with_path(arguments)) {
+        Py_DECREF(arguments);
+        Py_RETURN_NONE;
+    }
+    LaunchObject *launch = arguments ? launch_arguments(self, arguments, &args) : NULL;
+    if (launch) {
+        launch->arguments = Py_NewRef(arguments);
+        id = PyLong_FromUnsignedLongLong(launch->id);
+        if (!id || PyDict_SetItem(given[3], id, (PyObject *)launch) < 0)
+            Py_CLEAR(launch);
+    }
+    Py_XDECREF(id);
+    Py_XDECREF(arguments);
+    return (PyObject *)launch;
+}
+
 /* adopt(pid, (stdin, stdout, stderr), limit): parent ends, -1 where there is none; limit as for launch() */
 static PyObject *Hub_adopt(HubObject *self, PyObject *args)
 {
@@ -746,6 +821,7 @@ static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
 
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)(void (*)(void))Hub_launch, METH_FASTCALL, NULL},
+    {"launch_plain", (PyCFunction)(void (*)(void))Hub_launch_plain, METH_FASTCALL, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
     {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
     {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
@@ -927,8 +1003,14 @@ static int core_exec(PyObject *module)
     state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
+    state->nothing = PyTuple_New(0);
+    state->default_steps = Py_BuildValue("((iiiO))", (int)SPAWN_RESTORE_SIGNALS, 0, 0, Py_None);
+    for (int i = 0; i < COMPLETED_NAMES; i++)
+        if (!(state->names[i] = PyUnicode_InternFromString(completed_names[i])))
+            return -1;
     state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
-    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend)
+    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing ||
+        !state->default_steps)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0)
@@ -955,6 +1037,10 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->launch_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
+    Py_CLEAR(state->nothing);
+    Py_CLEAR(state->default_steps);
+    for (int i = 0; i < COMPLETED_NAMES; i++)
+        Py_CLEAR(state->names[i]);
     return 0;
 }
 

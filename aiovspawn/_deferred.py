@@ -19,9 +19,9 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._attempts import launch_awaited
+from ._attempts import launch_awaited, launch_plain
 from ._hub import EXECED, EXITED, FINISHED, LoopHub, hub_of
-from ._request import Parts, Request, plain_request, request_of, whole
+from ._request import Request, plain_request, request_of, request_of_plain
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ NEED_A_TRANSPORT = frozenset(("preexec_fn", "pty", "cgroup", "extra", "_keeps_pi
 """Keywords of launches that are more than a process with output."""
 
 Streams = tuple[SubprocessTransport, SubprocessStreamProtocol]
+Plain = tuple[Any, Any, Any]
+"""What there is in place of a Request where launch_plain() has launched: its args, stdout and stderr."""
 
 
 class Deferred:
@@ -41,15 +43,15 @@ class Deferred:
 
     __slots__ = ("_factory", "_hub", "_over", "_readers", "_request", "launch")
 
-    def __init__(self, hub: LoopHub, factory: StreamsFactory, request: Request | Parts) -> None:
-        """Launch the request."""
-        self._over = True  # until there is something to look after
+    def __init__(
+        self, hub: LoopHub, factory: StreamsFactory, request: Request | Plain, launch: _core.Launch
+    ) -> None:
         self._hub = hub
         self._factory = factory
         self._request = request
         self._readers = 0
-        self.launch = launch_awaited(hub, request, 2 * factory.limit, True)
         self._over = False
+        self.launch = launch
 
     async def started(self) -> Deferred | Streams:
         """Wait until the program runs, and return this, or the streams of a later attempt.
@@ -98,10 +100,12 @@ class Deferred:
     def open(self) -> Streams:
         """Open the streams, with what has come so far."""
         self._over = True
-        protocol = self._factory()
-        transport = SubprocessTransport(
-            self._hub, self._factory.loop, protocol, whole(self._request), launch=self.launch
-        )
+        protocol, request = self._factory(), self._request
+        if isinstance(request, tuple):
+            args, stdout, stderr = request
+            assert self.launch.arguments is not None
+            request = request_of_plain(args, self.launch.arguments, stdout, stderr)
+        transport = SubprocessTransport(self._hub, self._factory.loop, protocol, request, launch=self.launch)
         return transport, protocol
 
     def forget(self) -> None:
@@ -143,7 +147,14 @@ def launch_deferred(
     hub = hub_of(loop)
     if hub is None:
         return None
-    return Deferred(hub, factory, plain_request(args, shell, *stdio))
+    limit = 2 * factory.limit
+    if stdin is None and not shell:
+        _, stdout, stderr = stdio
+        started = launch_plain(hub, args, stdout, stderr, limit, True)
+        if started is not None:
+            return Deferred(hub, factory, (args, stdout, stderr), started)
+    request = plain_request(args, shell, *stdio)
+    return Deferred(hub, factory, request, launch_awaited(hub, request, limit, True))
 
 
 def _can_defer(factory: StreamsFactory) -> bool:
@@ -168,4 +179,5 @@ async def start_deferred(
     if request.stdio[0] == PIPE:
         protocol = factory()
         return await until_it_runs(SubprocessTransport(hub, loop, protocol, request), protocol)
-    return await Deferred(hub, factory, request).started()
+    started = launch_awaited(hub, request, 2 * factory.limit, True)
+    return await Deferred(hub, factory, request, started).started()

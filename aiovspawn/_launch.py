@@ -41,10 +41,10 @@ class Ladder:
         """The C core, or None where there is none."""
         self.hub_of: Callable[[asyncio.AbstractEventLoop], Any]
         self.close_hub: Callable[[asyncio.AbstractEventLoop], None]
-        self.plain_request: Callable[..., Any]
-        self.launch_awaited: Callable[..., Any]
         self.start: Callable[..., Awaitable[Any]]
         self.start_deferred: Callable[..., Awaitable[Any]] | None = None
+        self.launch_plain: Callable[..., Any]
+        self.launch_awaited: Callable[..., Any]
         self.launch_deferred: Callable[..., Any]
         self.one_shot: Any
         """What is used here of the modules that need the C core, if that is there."""
@@ -118,14 +118,13 @@ def _load_core() -> None:
     except ModuleNotFoundError:
         return
     from . import _oneshot
-    from ._attempts import launch_awaited
+    from ._attempts import launch_awaited, launch_plain
     from ._deferred import launch_deferred, start_deferred
     from ._hub import close_hub, hub_of
-    from ._request import plain_request
     from ._transport import start_subprocess
 
     ladder.hub_of, ladder.close_hub = hub_of, close_hub
-    ladder.plain_request, ladder.launch_awaited = plain_request, launch_awaited
+    ladder.launch_plain, ladder.launch_awaited = launch_plain, launch_awaited
     ladder.launch_deferred = launch_deferred
     ladder.start, ladder.start_deferred, ladder.one_shot = start_subprocess, start_deferred, _oneshot
 

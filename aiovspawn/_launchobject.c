@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <time.h>
 
 PyObject *core_raise_errno(int negative)
 {
@@ -25,6 +26,14 @@ const char *launch_rung_name(int rung)
     return rung == SPAWN_RUNGS ? "popen" : rung_names[rung];
 }
 
+/* As time.monotonic() has it. */
+static double seconds(void)
+{
+    struct timespec now = {0};
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
+
 /* Made before there is a child, so that nothing can fail after. */
 LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool pauses)
 {
@@ -33,7 +42,8 @@ LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool p
     if (self) {
         self->launch = NULL;
         self->one_shot = (struct one_shot){.limit = limit, .pauses = pauses};
-        self->waiters = NULL;
+        self->waiters = self->arguments = NULL;
+        self->begun = seconds();
         self->stage = 0;
         self->failed = self->streamed = self->awaited = false;
         self->exceeded = 0;
@@ -69,6 +79,7 @@ static void Launch_dealloc(LaunchObject *self)
         launch_free(self->launch);
     oneshot_clear(&self->one_shot);
     Py_CLEAR(self->waiters);
+    Py_CLEAR(self->arguments);
     PyObject_GC_Del(self);
     Py_DECREF(type);
 }
@@ -77,12 +88,14 @@ static int Launch_traverse(LaunchObject *self, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->waiters);
+    Py_VISIT(self->arguments);
     return 0;
 }
 
 static int Launch_clear(LaunchObject *self)
 {
     Py_CLEAR(self->waiters);
+    Py_CLEAR(self->arguments);
     return 0;
 }
 
@@ -268,6 +281,18 @@ static PyObject *Launch_get_status_lost(LaunchObject *self, void *Py_UNUSED(clos
     return PyBool_FromLong(self->launch->status_lost);
 }
 
+/* What launch_plain() made of its arguments; None of other launches. */
+static PyObject *Launch_get_arguments(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(self->arguments ? self->arguments : Py_None);
+}
+
+/* When it was launched, in seconds, as time.monotonic() has them. */
+static PyObject *Launch_get_begun(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    return PyFloat_FromDouble(self->begun);
+}
+
 /* The kind of the last event that has come: 0, or one of EXECED, EXITED, FINISHED. */
 static PyObject *Launch_get_stage(LaunchObject *self, void *Py_UNUSED(closure))
 {
@@ -423,6 +448,42 @@ static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
     return outcome;
 }
 
+const char *const completed_names[COMPLETED_NAMES] = {
+    [COMPLETED_ARGS] = "args",         [COMPLETED_RETURNCODE] = "returncode", [COMPLETED_STDOUT] = "stdout",
+    [COMPLETED_STDERR] = "stderr",     [COMPLETED_PID] = "pid",               [COMPLETED_DURATION] = "duration",
+    [COMPLETED_TRUNCATED] = "truncated", [COMPLETED_USAGE] = "_usage",
+};
+
+/* completed(type, args) -> an instance of a CompletedProcess with the outcome(), or None: there is none. */
+static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2 || !PyType_Check(args[0]))
+        return PyErr_Format(PyExc_TypeError, "completed() takes a type and arguments");
+    PyObject *outcome = Launch_outcome(self, NULL);
+    if (!outcome || outcome == Py_None)
+        return outcome;
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyTypeObject *type = (PyTypeObject *)args[0];
+    PyObject *completed = type->tp_new(type, state->nothing, NULL);
+    PyObject *duration = PyFloat_FromDouble(seconds() - self->begun);
+    PyObject *values[COMPLETED_NAMES] = {
+        [COMPLETED_ARGS] = args[1],
+        [COMPLETED_RETURNCODE] = PyTuple_GET_ITEM(outcome, 0),
+        [COMPLETED_STDOUT] = PyTuple_GET_ITEM(outcome, 2),
+        [COMPLETED_STDERR] = PyTuple_GET_ITEM(outcome, 3),
+        [COMPLETED_PID] = PyTuple_GET_ITEM(outcome, 1),
+        [COMPLETED_DURATION] = duration,
+        [COMPLETED_TRUNCATED] = Py_False,
+        [COMPLETED_USAGE] = PyTuple_GET_ITEM(outcome, 4),
+    };
+    for (int i = 0; completed && i < COMPLETED_NAMES; i++)
+        if (!duration || PyObject_SetAttr(completed, state->names[i], values[i]) < 0)
+            Py_CLEAR(completed);
+    Py_XDECREF(duration);
+    Py_DECREF(outcome);
+    return completed;
+}
+
 /* take_over() -> [(kind, value), ...]: what has come, but an exec, and what a later event made
  * old, for whoever is to hear of the next. */
 static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused))
@@ -521,6 +582,7 @@ static PyMethodDef Launch_methods[] = {
     {"waiter", (PyCFunction)(void (*)(void))Launch_waiter, METH_FASTCALL, NULL},
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
+    {"completed", (PyCFunction)(void (*)(void))Launch_completed, METH_FASTCALL, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)Launch_set_limit, METH_O, NULL},
     {"stream", (PyCFunction)Launch_stream, METH_NOARGS, NULL},
@@ -534,6 +596,8 @@ static PyGetSetDef Launch_getset[] = {
     {"contended", (getter)Launch_get_contended, NULL, NULL, NULL},
     {"status_lost", (getter)Launch_get_status_lost, NULL, NULL, NULL},
     {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
+    {"arguments", (getter)Launch_get_arguments, NULL, NULL, NULL},
+    {"begun", (getter)Launch_get_begun, NULL, NULL, NULL},
     {"stage", (getter)Launch_get_stage, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

@@ -8,12 +8,30 @@
 
 #include "_oneshot.h"
 
+/* What a CompletedProcess has, in the order in which it is set; see completed_names. */
+enum {
+    COMPLETED_ARGS,
+    COMPLETED_RETURNCODE,
+    COMPLETED_STDOUT,
+    COMPLETED_STDERR,
+    COMPLETED_PID,
+    COMPLETED_DURATION,
+    COMPLETED_TRUNCATED,
+    COMPLETED_USAGE,
+    COMPLETED_NAMES,
+};
+
+extern const char *const completed_names[COMPLETED_NAMES];
+
 /* The state of the module. */
 typedef struct {
     PyTypeObject *hub_type;
     PyTypeObject *launch_type;
     PyTypeObject *waiter_type;
     PyObject *extend; /* the name of deque's method */
+    PyObject *nothing;       /* () */
+    PyObject *default_steps; /* of a launch without keywords */
+    PyObject *names[COMPLETED_NAMES];
 } core_state;
 
 typedef struct {
@@ -25,6 +43,8 @@ typedef struct {
     enum spawn_rung rung;
     struct one_shot one_shot; /* used where the launch is in one shot */
     PyObject *waiters;        /* list of Waiter, or NULL */
+    PyObject *arguments;      /* list, of one that launch_plain() made; else NULL */
+    double begun;             /* seconds, CLOCK_MONOTONIC */
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
     bool failed;
     bool streamed; /* somebody else has been given what had come */

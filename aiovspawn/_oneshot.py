@@ -19,7 +19,7 @@ from . import _core
 from ._attempts import Attempts
 from ._hub import EXCEEDED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import DEFAULT, KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
-from ._request import TERMINAL, Parts, Request, launch_error, request_of, whole
+from ._request import TERMINAL, Request, launch_error, request_of, request_of_plain
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -313,7 +313,16 @@ def request_one_shot(
 
 
 def take_over(
-    hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request | Parts, launch: _core.Launch
+    hub: LoopHub,
+    loop: asyncio.AbstractEventLoop,
+    request: Request | None,
+    launch: _core.Launch,
+    args: Any,
+    stdout: Any,
+    stderr: Any,
 ) -> OneShot:
-    """Look after what was launched without a OneShot: launch_awaited() says why."""
-    return OneShot(hub, loop, whole(request), None, DEFAULT, launch)
+    """Look after what was launched without a OneShot; args, stdout and stderr: of one without a Request."""
+    if request is None:
+        assert launch.arguments is not None
+        request = request_of_plain(args, launch.arguments, stdout, stderr)
+    return OneShot(hub, loop, request, None, DEFAULT, launch)

@@ -70,10 +70,6 @@ class Request:
     """Keywords for subprocess.Popen, when only that can serve (preexec_fn)."""
 
 
-Parts: TypeAlias = tuple[Any, list[Any], tuple[StrOrBytesPath, ...], tuple[int, int, int]]
-"""Of a Request that has nothing else: given, args, programs and stdio."""
-
-
 def request_of(
     args: Any, by_popen: bool, shell: bool, stdio: tuple[Any, Any, Any], keywords: dict[str, Any]
 ) -> Request:
@@ -84,7 +80,7 @@ def request_of(
     """
     stdin, stdout, stderr = stdio
     if not keywords and not by_popen:
-        return whole(plain_request(args, shell, stdin, stdout, stderr))
+        return plain_request(args, shell, stdin, stdout, stderr)
     if keywords.keys() <= MAKERS.keys():
         options, keywords = keywords, {}
     else:
@@ -211,28 +207,25 @@ def make_request(
     )
 
 
-def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Parts:
-    """make_request() without keywords: what most launches are, in a fifth of the time."""
-    if stdin is None and (stdout is None or stdout is PIPE) and (stderr is None or stderr is PIPE):
-        stdio = INHERIT, INHERIT if stdout is None else PIPE, INHERIT if stderr is None else PIPE
-    else:
-        if stdout == STDOUT:
-            raise ValueError("STDOUT can only be used for stderr")
-        stdio = _stdio_plan(stdin, stdout, stderr)
-    is_list = (type(args) is list or type(args) is tuple) and not shell
-    arguments = list(args) if is_list else _arguments(args, shell, None)
+def plain_request(args: Any, shell: bool, stdin: Any, stdout: Any, stderr: Any) -> Request:
+    """make_request() without keywords: what most launches are, in a third of the time."""
+    if stdout == STDOUT:
+        raise ValueError("STDOUT can only be used for stderr")
+    stdio = _stdio_plan(stdin, stdout, stderr)
+    arguments = _arguments(args, shell, None)
     executable = arguments[0]
     sys.audit("subprocess.Popen", executable, arguments, None, None)
-    if type(executable) is str and "/" in executable:
-        return args, arguments, (executable,), stdio
-    return args, arguments, _candidates(executable, None), stdio
+    return _without_keywords(args, arguments, _candidates(executable, None), stdio)
 
 
-def whole(request: Request | Parts) -> Request:
-    """The Request of which there may be only the parts."""
-    if not isinstance(request, tuple):
-        return request
-    args, arguments, programs, stdio = request
+def request_of_plain(args: Any, arguments: list[Any], stdout: Any, stderr: Any) -> Request:
+    """The plain_request() for what Hub.launch_plain() has launched, and audited."""
+    return _without_keywords(args, arguments, (arguments[0],), _stdio_plan(None, stdout, stderr))
+
+
+def _without_keywords(
+    args: Any, arguments: list[Any], programs: tuple[StrOrBytesPath, ...], stdio: tuple[int, int, int]
+) -> Request:
     return Request(
         args, arguments, arguments[0], None, programs, None, stdio, (), DEFAULT_STEPS, True, -1, None
     )

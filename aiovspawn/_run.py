@@ -140,65 +140,74 @@ async def run_process(
         if kill_group:
             lead_group(kwds)
     loop = asyncio.get_running_loop()
-    begin = time.monotonic()
     is_plain = not kwds and ladder.way == "core"
     hub = ladder.hub_of(loop) if is_plain else ladder.hub_for(loop, kwds)
+    launch: Any = None
+    ended: Any = None
+    completed: CompletedProcess | None = None
     if hub is None:
         from ._delegated import run_delegated
 
+        begin = time.monotonic()
         stdio = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        ended: Any = await run_delegated(args, shell, input, limits, timeout, stdio | kwds)
-        outcome = ended.outcome()
+        ended = await run_delegated(args, shell, input, limits, timeout, stdio | kwds)
     else:
-        one_shot = ladder.one_shot
-        request: Any
-        ended = outcome = launch = None
-        if is_plain and limits is DEFAULT and timeout is None and stdin is None:
-            request = ladder.plain_request(args, shell, None, stdout, stderr)
-            launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
-        else:
-            request = one_shot.request_one_shot(
-                args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds
-            )
-            if limits is DEFAULT and timeout is None and stdin is None and request.popen is None:
-                launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
-            else:
-                ended = one_shot.OneShot(hub, loop, request, input, limits)
+        one_shot, request = ladder.one_shot, None
+        if limits is DEFAULT and timeout is None and stdin is None:
+            if is_plain and not shell:
+                launch = ladder.launch_plain(hub, args, stdout, stderr, DEFAULT.output, False)
+            if launch is None:
+                request = one_shot.request_one_shot(
+                    args, ladder.way == "popen", shell, (None, stdout, stderr), kwds
+                )
+                if request.popen is None:
+                    launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
+        if launch is None:
+            begin = time.monotonic()
+            if request is None:
+                request = one_shot.request_one_shot(
+                    args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds
+                )
+            ended = one_shot.OneShot(hub, loop, request, input, limits)
         input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
         try:
             if launch is not None:
                 await launch.waiter(loop, one_shot.FINISHED)
-                outcome = launch.outcome()
-            if outcome is None:
-                ended = ended or one_shot.take_over(hub, loop, request, launch)
+                completed = launch.completed(CompletedProcess, args)
+            if completed is None:
+                ended = ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)
                 if timeout is not None:
                     ended.expire_after(timeout)
                 await ended
-                outcome = ended.outcome()
         except GeneratorExit:
             # Closed, not cancelled: there may be no loop to wait on.
-            (ended or one_shot.take_over(hub, loop, request, launch)).forget()
+            (ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)).forget()
             raise
         except BaseException:
-            await (ended or one_shot.take_over(hub, loop, request, launch)).undo()
+            await (ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)).undo()
             raise
-    returncode, pid, out, err, usage = outcome
-    if ended is not None and ended.expired:
-        assert timeout is not None
-        raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
-    truncated = output_limit is not None and ended.exceeded
-    if truncated and limits.kill_at_limit:
-        assert output_limit is not None
-        raise OutputLimitExceeded(args, output_limit, out, err, returncode)
+    truncated = False
+    if completed is None:
+        returncode, pid, out, err, usage = ended.outcome()
+        if ended.expired:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
+        truncated = output_limit is not None and ended.exceeded
+        if truncated and limits.kill_at_limit:
+            assert output_limit is not None
+            raise OutputLimitExceeded(args, output_limit, out, err, returncode)
+        completed = CompletedProcess(args, returncode, out, err)
+        completed.pid = pid
+        completed.duration = time.monotonic() - (begin if launch is None else launch.begun)
+        completed.truncated = truncated
+        completed._usage = usage
     if codec is not None:
-        out, err = _decode(out, *codec, truncated), _decode(err, *codec, truncated)
-    if check and returncode:
-        raise subprocess.CalledProcessError(returncode, args, output=out, stderr=err)
-    completed = CompletedProcess(args, returncode, out, err)
-    completed.pid = pid
-    completed.duration = time.monotonic() - begin
-    completed.truncated = truncated
-    completed._usage = usage
+        completed.stdout = _decode(completed.stdout, *codec, truncated)
+        completed.stderr = _decode(completed.stderr, *codec, truncated)
+    if check and completed.returncode:
+        raise subprocess.CalledProcessError(
+            completed.returncode, args, output=completed.stdout, stderr=completed.stderr
+        )
     return completed
 
 

@@ -11,7 +11,9 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -445,6 +447,56 @@ def exited(hub: _core.Hub, count: int) -> tuple[list[_core.Launch], dict[int, An
     return children, {child.id: child for child in children}
 
 
+class Completed(subprocess.CompletedProcess[bytes]):
+    pass
+
+
+def plain(hub: _core.Hub) -> None:
+    """A launch without keywords in one call, and its outcome in another."""
+    loop, transports = Loop(), dict[int, Any]()
+    for argv, stdout in (
+        (["true"], None),
+        ([], None),
+        ("/bin/true", None),
+        ([b"/bin/true"], None),
+        ([Path("/bin/true")], None),
+        (["/bin/true"], -3),
+        (["/bin/true"], True),
+        (["/bin/true"], 2**100),
+        (["/bin/true"], sys.stdout),
+    ):
+        assert hub.launch_plain(argv, stdout, None, transports, -1, False) is None
+    with pytest.raises(ValueError, match="null"):
+        hub.launch_plain(["/bin/true", "\0"], None, None, transports, -1, False)
+    with pytest.raises(TypeError):
+        hub.launch_plain(["/bin/true", 1], None, None, transports, -1, False)
+    with pytest.raises(TypeError):
+        hub.launch_plain(["/bin/true"], None, None, [], -1, False)  # type: ignore[arg-type]
+    assert transports == {}
+    for output, kind in ((PIPE, tuple), (None, list)):
+        argv = kind(("/bin/sh", "-c", "echo out; echo err >&2; exit 3" if output else "exit 3"))
+        child = hub.launch_plain(argv, output, output, transports, -1, False)
+        assert child is not None
+        assert transports == {child.id: child}
+        assert child.arguments == [*argv]
+        woken = await_it(child.waiter(loop, 7))
+        assert child.completed(Completed, argv) is None
+        while not woken:
+            select.select([hub.fileno()], [], [], 10)
+            hub.drain(deque(), transports)
+        duration = time.monotonic() - child.begun
+        completed = child.completed(Completed, argv)
+        assert type(completed) is Completed
+        assert 0 < completed.duration < duration + 1  # type: ignore[attr-defined]
+        expected = (b"out\n", b"err\n") if output else (None, None)
+        assert (completed.args, completed.returncode) == (argv, 3)
+        assert (completed.stdout, completed.stderr) == expected
+        assert list(vars(completed)) == [*vars(Completed([], 0)), "pid", "duration", "truncated", "_usage"]
+        assert transports == {}
+    with pytest.raises(TypeError):
+        child.completed(argv, Completed)  # type: ignore[arg-type]
+
+
 def told_at_once(hub: _core.Hub) -> None:
     """Who is awaited is told in the drain; the others' events are queued."""
     loop, events = Loop(), deque[tuple[int, int, Any]]()
@@ -579,6 +631,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
     "Hub.launch": lambda hub: (finished(hub, b"/bin/true"), hub_with_a_failing_launch(hub)),
+    "Hub.launch_plain": plain,
     "Hub.adopt": adopt,
     "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
@@ -595,6 +648,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.waiter": waking_fails,
     "Launch.on_event": awaited,
     "Launch.outcome": awaited,
+    "Launch.completed": plain,
     "Launch.take_over": taken_over,
     "Launch.stream": streamed,
     "Launch.set_limit": streamed,

@@ -182,7 +182,9 @@ async def test_cancelled_waits_leave_nothing_behind() -> None:
     for _ in range(20):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 0.001)
-    (waiters,) = (kept for kept in gc.get_referents(deferred(process).launch) if type(kept) is list)
+    launch = deferred(process).launch
+    kept = [each for each in gc.get_referents(launch) if type(each) is list]
+    (waiters,) = (each for each in kept if each is not launch.arguments)
     assert len(waiters) <= 1
     process.kill()
     await process.wait()

@@ -324,10 +324,44 @@ sys.addaudithook(lambda name, args: name == "subprocess.Popen" and seen.append(a
 async def main():
     await (await aiovspawn.create_subprocess_exec("true", "1", cwd="/", env={"PATH": "/bin"})).wait()
     await (await aiovspawn.create_subprocess_shell("true")).wait()
+    await (await aiovspawn.create_subprocess_exec("/bin/true", "1")).wait()
+    await aiovspawn.run_process(["/bin/true", "1"])
+    await aiovspawn.run_process(("/bin/true", "1"), cwd="/")
 aiovspawn.run(main())
 subprocess.Popen(["true", "1"], cwd="/", env={"PATH": "/bin"}).wait()
 subprocess.Popen("true", shell=True).wait()
-assert seen[:2] == seen[2:] and len(seen) == 4, seen
+subprocess.Popen(["/bin/true", "1"]).wait()
+subprocess.run(["/bin/true", "1"])
+subprocess.run(("/bin/true", "1"), cwd="/")
+assert seen[:5] == seen[5:] and len(seen) == 10, seen
+"""
+    subprocess.run([*python, "-c", code], check=True)
+
+
+def test_audit_hook_has_its_say(python: list[str]) -> None:
+    """It may refuse, and whatever it does to the list of arguments is done to that alone."""
+    code = """
+import sys, aiovspawn
+def hook(name, args):
+    if name == "subprocess.Popen":
+        program, arguments, _, _ = args
+        if "refused" in arguments:
+            raise PermissionError("refused")
+        del arguments[1:]
+        arguments[0] = "/nonexistent"
+sys.addaudithook(hook)
+async def main():
+    given = ["/bin/echo", "hello"]
+    for _ in range(2):
+        done = await aiovspawn.run_process(given, capture_output=True)
+        assert (done.stdout, done.args, given) == (b"\\n", given, ["/bin/echo", "hello"]), done
+        try:
+            await aiovspawn.run_process(["/bin/echo", "refused"])
+        except PermissionError as exc:
+            assert str(exc) == "refused"
+        else:
+            raise AssertionError
+aiovspawn.run(main())
 """
     subprocess.run([*python, "-c", code], check=True)
 
