@@ -57,13 +57,12 @@ class Footprint:
 
     @classmethod
     def now(cls) -> Footprint:
-        tasks = os.listdir("/proc/self/task")
         counts = _core.counts()
         return cls(
             fds=_open_fds(),
             children=_children(),
-            threads=set(tasks),
-            masks={task: _status(task, "SigBlk") for task in tasks},
+            threads=_threads(),
+            masks=_masks(),
             dispositions=[signal.getsignal(number) for number in signal.valid_signals()],
             launches=counts["launches"],
             orphans=counts["orphans"],
@@ -79,19 +78,26 @@ def _open_fds() -> dict[str, str]:
     return fds
 
 
+def _threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
 def _children() -> set[str]:
     """Children of all threads, dead or alive."""
     children: set[str] = set()
-    for task in os.listdir("/proc/self/task"):
-        children.update(Path(f"/proc/self/task/{task}/children").read_text().split())
+    for task in _threads():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has gone since
+            children.update(Path(f"/proc/self/task/{task}/children").read_text().split())
     return children
 
 
-def _status(task: str, field: str) -> str:
-    for line in Path(f"/proc/self/task/{task}/status").read_text().splitlines():
-        if line.startswith(field):
-            return line
-    raise LookupError(field)
+def _masks() -> dict[str, str]:
+    masks = {}
+    for task in _threads():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/self/task/{task}/status").read_text()
+            masks[task] = next(line for line in status.splitlines() if line.startswith("SigBlk"))
+    return masks
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +109,7 @@ def leaves_nothing() -> Iterator[None]:
     # Warnings are errors, and pytest turns those of __del__ into test errors.
     gc.collect()
     deadline = time.monotonic() + 1
-    while Footprint.now().threads != before.threads and time.monotonic() < deadline:
+    while _threads() != before.threads and time.monotonic() < deadline:
         time.sleep(0.001)  # a thread that was joined may still be on its way out of the kernel
     assert Footprint.now() == before
     assert threading.active_count() == 1
