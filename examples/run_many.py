@@ -3,7 +3,7 @@
     python examples/run_many.py [--folder DIR] [--in-flight N] [--limit N] [command ...]
 
 The command is run once per file, with the file's path as its last argument; by
-default that is sha256sum over /usr/bin, 32 at a time. Printed are the rates of
+default that is `stat` over /usr/bin, 32 at a time. Printed are the rates of
 both and their ratio. The results of both are compared: a difference is an error.
 """
 
@@ -90,7 +90,7 @@ def read_once(files: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "command", nargs=argparse.REMAINDER, help="what to run on each file (default: sha256sum)"
+        "command", nargs=argparse.REMAINDER, help="what to run on each file (default: stat --format %%s)"
     )
     parser.add_argument("--folder", type=Path, default=Path("/usr/bin"), help="(default: %(default)s)")
     parser.add_argument(
@@ -98,7 +98,7 @@ def main() -> None:
     )
     parser.add_argument("--limit", type=int, default=None, help="take at most so many files")
     options = parser.parse_args()
-    options.command = options.command or ["sha256sum"]
+    options.command = options.command or ["stat", "--format", "%s"]
     files = sorted(path for path in options.folder.iterdir() if path.is_file())[: options.limit]
     if not files:
         parser.error(f"no files in {options.folder}")
