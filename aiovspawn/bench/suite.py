@@ -284,7 +284,7 @@ def warm_up(size: int) -> None:
 
 def is_installed(contender: str) -> bool:
     if contender in CONTENDERS:
-        return all(importlib.util.find_spec(module) for module in CONTENDERS[contender].modules)
+        return all(importlib.util.find_spec(module) for module in CONTENDERS[contender][1])
     return contender == LIMIT or importlib.util.find_spec(contender) is not None
 
 

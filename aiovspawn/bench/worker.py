@@ -40,10 +40,8 @@ Main = Callable[[], Awaitable[Any]]
 
 
 class Contender(NamedTuple):
-    """How one of them does it."""
+    """How one of them does it; what it is made of has been imported then."""
 
-    modules: tuple[str, ...]
-    """What must be installed."""
     run: Callable[[Main], Any]
     """Run a main coroutine function to its end."""
     capture: Callable[..., Awaitable[bytes]]
@@ -62,7 +60,7 @@ class Contender(NamedTuple):
 
 def on_asyncio(factory: Callable[[], Any]) -> Callable[[Main], Any]:
     def run(main: Main) -> Any:
-        with asyncio.Runner(loop_factory=factory()) as runner:
+        with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(main())  # type: ignore[arg-type]
 
     return run
@@ -72,137 +70,109 @@ async def gather(workers: Sequence[Main]) -> None:
     await asyncio.gather(*(worker() for worker in workers))
 
 
-def by_create(modules: tuple[str, ...], factory: Callable[[], Any], create: Callable[[], Any]) -> Contender:
+def by_create(factory: Callable[[], Any], create: Callable[..., Any]) -> Contender:
     """What has create_subprocess_exec()."""
 
     async def capture(argv: list[str], **keywords: Any) -> bytes:
-        process = await create()(*argv, stdout=subprocess.PIPE, **keywords)
+        process = await create(*argv, stdout=subprocess.PIPE, **keywords)
         output: bytes = (await process.communicate())[0]
         return output
 
     async def finish(argv: list[str], **keywords: Any) -> None:
-        process = await create()(*argv, **keywords)
+        process = await create(*argv, **keywords)
         await process.wait()
 
     async def start(argv: list[str]) -> Main:
-        process = await create()(*argv, stdout=subprocess.DEVNULL)
+        process = await create(*argv, stdout=subprocess.DEVNULL)
         wait: Main = process.wait
         return wait
 
-    return Contender(modules, on_asyncio(factory), capture, finish, start, gather)
+    return Contender(on_asyncio(factory), capture, finish, start, gather)
 
 
-def stdlib_create() -> Any:
-    return asyncio.create_subprocess_exec
+def by_asyncio() -> Contender:
+    return by_create(asyncio.new_event_loop, asyncio.create_subprocess_exec)
 
 
-def our_create() -> Any:
+def by_our_create() -> Contender:
     import aiovspawn
 
-    return aiovspawn.create_subprocess_exec
+    return by_create(asyncio.new_event_loop, aiovspawn.create_subprocess_exec)
 
 
-def stdlib_loop() -> Any:
-    return asyncio.new_event_loop
-
-
-def our_loop() -> Any:
+def by_our_loop() -> Contender:
     import aiovspawn
 
-    return aiovspawn.new_event_loop
+    return by_create(aiovspawn.new_event_loop, asyncio.create_subprocess_exec)
 
 
-def our_uvloop() -> Any:
+def by_our_uvloop() -> Contender:
     import aiovspawn.uvloop
 
-    return aiovspawn.uvloop.new_event_loop
+    return by_create(aiovspawn.uvloop.new_event_loop, asyncio.create_subprocess_exec)
 
 
-def plain_uvloop() -> Any:
+def by_uvloop() -> Contender:
     import uvloop
 
-    return uvloop.new_event_loop
+    return by_create(uvloop.new_event_loop, asyncio.create_subprocess_exec)
 
 
 def by_run_process() -> Contender:
-    async def capture(argv: list[str], **keywords: Any) -> bytes:
-        import aiovspawn
+    from aiovspawn import run_process
 
-        output: bytes = (await aiovspawn.run_process(argv, capture_output=True, **keywords)).stdout
+    async def capture(argv: list[str], **keywords: Any) -> bytes:
+        output: bytes = (await run_process(argv, capture_output=True, **keywords)).stdout
         return output
 
     async def finish(argv: list[str], **keywords: Any) -> None:
-        import aiovspawn
-
-        await aiovspawn.run_process(argv, **keywords)
+        await run_process(argv, **keywords)
 
     async def start(argv: list[str]) -> Main:
-        import aiovspawn
-
-        task = asyncio.ensure_future(aiovspawn.run_process(argv, stdout=subprocess.DEVNULL))
+        task = asyncio.ensure_future(run_process(argv, stdout=subprocess.DEVNULL))
         await asyncio.sleep(0)
         return lambda: task
 
-    return Contender(("aiovspawn",), on_asyncio(stdlib_loop), capture, finish, start, gather)
+    return Contender(on_asyncio(asyncio.new_event_loop), capture, finish, start, gather)
 
 
 def by_anyio() -> Contender:
-    async def capture(argv: list[str], **keywords: Any) -> bytes:
-        import anyio
+    import anyio
 
+    async def capture(argv: list[str], **keywords: Any) -> bytes:
         return (await anyio.run_process(argv, stdin=None, stderr=None, **keywords)).stdout
 
     async def finish(argv: list[str], **keywords: Any) -> None:
-        import anyio
-
         await anyio.run_process(argv, stdin=None, stdout=None, stderr=None, **keywords)
 
     async def start(argv: list[str]) -> Main:
-        import anyio
-
         process = await anyio.open_process(argv, stdin=None, stdout=subprocess.DEVNULL, stderr=None)
         return process.wait
 
-    return Contender(("anyio",), on_asyncio(stdlib_loop), capture, finish, start, gather)
+    return Contender(on_asyncio(asyncio.new_event_loop), capture, finish, start, gather)
 
 
 def by_trio() -> Contender:
-    def run(main: Main) -> Any:
-        import trio
-
-        return trio.run(main)
+    import trio
 
     async def together(workers: Sequence[Main]) -> None:
-        import trio
-
         async with trio.open_nursery() as nursery:
             for worker in workers:
                 nursery.start_soon(worker)
 
-    async def sleep(seconds: float) -> None:
-        import trio
-
-        await trio.sleep(seconds)
-
     async def capture(argv: list[str], **keywords: Any) -> bytes:
-        import trio
-
         done = await trio.run_process(argv, stdin=None, capture_stdout=True, **keywords)
         output: bytes = done.stdout
         return output
 
     async def finish(argv: list[str], **keywords: Any) -> None:
-        import trio
-
         await trio.run_process(argv, stdin=None, **keywords)
 
     async def start(argv: list[str]) -> Main:
-        import trio
-
         process = await trio.lowlevel.open_process(argv, stdout=subprocess.DEVNULL)
         return process.wait
 
-    return Contender(("trio",), run, capture, finish, start, together, sleep)
+    return Contender(trio.run, capture, finish, start, together, trio.sleep)
 
 
 def without_launches() -> Contender:
@@ -211,21 +181,22 @@ def without_launches() -> Contender:
     async def nothing(*args: Any, **keywords: Any) -> Any:
         await asyncio.sleep(0)
 
-    run = on_asyncio(stdlib_loop)
-    return Contender((), run, nothing, nothing, nothing, gather, launches=False)
+    run = on_asyncio(asyncio.new_event_loop)
+    return Contender(run, nothing, nothing, nothing, gather, launches=False)
 
 
-CONTENDERS: dict[str, Contender] = {
-    "run_process": by_run_process(),
-    "aiovspawn": by_create(("aiovspawn",), stdlib_loop, our_create),
-    "aiovspawn loop": by_create(("aiovspawn",), our_loop, stdlib_create),
-    "aiovspawn uvloop": by_create(("aiovspawn", "uvloop"), our_uvloop, stdlib_create),
-    "asyncio": by_create((), stdlib_loop, stdlib_create),
-    "uvloop": by_create(("uvloop",), plain_uvloop, stdlib_create),
-    "anyio": by_anyio(),
-    "trio": by_trio(),
-    "nothing": without_launches(),
+CONTENDERS: dict[str, tuple[Callable[[], Contender], tuple[str, ...]]] = {
+    "run_process": (by_run_process, ("aiovspawn",)),
+    "aiovspawn": (by_our_create, ("aiovspawn",)),
+    "aiovspawn loop": (by_our_loop, ("aiovspawn",)),
+    "aiovspawn uvloop": (by_our_uvloop, ("aiovspawn", "uvloop")),
+    "asyncio": (by_asyncio, ()),
+    "uvloop": (by_uvloop, ("uvloop",)),
+    "anyio": (by_anyio, ("anyio",)),
+    "trio": (by_trio, ("trio",)),
+    "nothing": (without_launches, ()),
 }
+"""What makes each, and the modules that must be installed for it."""
 
 
 # ---- what a parent may have ------------------------------------------------------------
@@ -426,7 +397,7 @@ MEASURES = {measure.__name__: measure for measure in (rate, lag, gap, capture, l
 
 def main() -> None:
     name, measure, parameters = sys.argv[1:]
-    contender = CONTENDERS[name]
+    contender = CONTENDERS[name][0]()
     result = contender.run(lambda: MEASURES[measure](contender, **json.loads(parameters)))
     print(json.dumps(result))
 
