@@ -16,7 +16,8 @@ from typing import Any
 
 from . import _core, _popen
 from ._hub import EXITED, LoopHub
-from ._request import INHERIT, Request, launch_error, request_of_plain
+from ._request import INHERIT, Plain, Request, launch_error, request_of_plain
+from ._steps import Step
 
 RETRY_DELAYS = tuple(0.001 * 2**n for n in range(8))
 """Seconds before each new try of a launch that met ETXTBSY, a quarter of a second in all.
@@ -27,6 +28,9 @@ returns to user mode, which is after all signs of its exec.
 
 STEPS_THAT_OPEN = (_core.STEP_OOM_SCORE, _core.STEP_UID_MAP, _core.STEP_GID_MAP)
 """Files of the child in /proc."""
+
+HIDDEN_TIMEOUT = 0.6
+"""Seconds for which each retry waits for a moment in which no other launch hides our memory."""
 
 OLDER_TIMEOUT = 5.0
 """Seconds after which a retry no longer waits for older launches: their loop may have stopped."""
@@ -82,25 +86,35 @@ def launch_awaited(hub: LoopHub, request: Request, limit: int, pauses: bool) -> 
 
 
 def launch_plain(
-    hub: LoopHub, args: Any, stdout: Any, stderr: Any, limit: int, pauses: bool
+    hub: LoopHub,
+    args: Any,
+    stdout: Any,
+    stderr: Any,
+    steps: tuple[Step, ...],
+    limit: int | None,
+    pauses: bool,
 ) -> _core.Launch | None:
-    """launch_awaited() in C; None: it is not that plain, see Hub.launch_plain(), and nothing has been done.
+    """launch_awaited() in C; None: it is not that plain, and nothing has been done.
 
-    Who takes it over makes its request by request_of_plain().
+    stdout, stderr: None or PIPE. steps: see plain_steps(). limit, pauses: as launch() has them. Who
+    takes it over has a Plain for it.
     """
     try:
-        started = hub.core.launch_plain(args, stdout, stderr, hub.transports, limit, pauses)
+        return _core.launch_plain(hub, args, stdout, stderr, steps, limit, pauses)
     except OSError as exc:
-        raise launch_failure(request_of_plain(args, list(args), stdout, stderr), exc) from None
-    if started is not None and not hub.sweeping:
-        hub.await_verdict()
-    return started
+        raise plain_failure(args, stdout, stderr, steps, exc) from None
+
+
+def plain_failure(args: Any, stdout: Any, stderr: Any, steps: tuple[Step, ...], exc: OSError) -> OSError:
+    """launch_failure() for what launch_plain() of the core has raised."""
+    return launch_failure(request_of_plain(args, stdout, stderr, steps, list(args)), exc)
 
 
 class Attempts:
     """A launch of a request in a loop; `_launch` is the latest attempt.
 
-    limit: None, or for a one-shot the bytes of each pipe that are kept, -1 for all.
+    request: a Plain of a launch that there is already. limit: None, or for a one-shot the bytes of
+    each pipe that are kept, -1 for all.
     """
 
     _launch: _core.Launch
@@ -109,18 +123,28 @@ class Attempts:
     _retries = 0
     _first_id = 0
     _contended = False
+    _was_hidden = False
 
     def __init__(
-        self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request, limit: int | None
+        self, hub: LoopHub, loop: asyncio.AbstractEventLoop, request: Request | Plain, limit: int | None
     ) -> None:
         self._loop = loop
         self._hub = hub
-        self._request = request
+        self._asked = request
         self._limit = limit
         self._may_share_fds = True
         self._keeper: _core.Launch | None = None
         """A failed attempt that keeps duplicates of the parent's stdio for the next."""
         self._retry_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def _request(self) -> Request:
+        """What to launch; of a plain launch made when it is asked for: it seldom is."""
+        asked = self._asked
+        if type(asked) is tuple:
+            assert self._launch.arguments is not None
+            asked = self._asked = request_of_plain(*asked, self._launch.arguments)
+        return asked  # type: ignore[return-value]
 
     def _attempted(self) -> None:
         """There is a child."""
@@ -176,13 +200,13 @@ class Attempts:
         return stdin, stdout, stderr
 
     def _was_busy(self, step: int, error: int) -> bool:
-        """Whether an older launch may have been in the way."""
+        """Whether another launch may have been in the way."""
         if self._retries == 0:
             self._first_id = self._launch.id
             self._contended = self._launch.contended
         busy = error == errno.ETXTBSY and step == _core.STEP_EXEC
-        hidden = error == errno.EACCES and step in STEPS_THAT_OPEN
-        return (busy or hidden) and self._contended and self._retries < len(RETRY_DELAYS)
+        self._was_hidden = error == errno.EACCES and step in STEPS_THAT_OPEN
+        return (busy or self._was_hidden) and self._contended and self._retries < len(RETRY_DELAYS)
 
     def _call_retry(self, delay: float, waited: float) -> None:
         self._retry_timer = self._loop.call_later(delay, self._retry, waited)
@@ -192,6 +216,10 @@ class Attempts:
         if waited < OLDER_TIMEOUT and _core.in_flight_before(self._first_id):
             delay = max(RETRY_DELAYS[0], waited / 2)
             self._call_retry(delay, waited + delay)
+            return
+        if self._was_hidden and waited < HIDDEN_TIMEOUT and _core.memory_is_hidden():
+            # Meanwhile others that would hide it take the vfork rung: they have their own at the next look.
+            self._call_retry(RETRY_DELAYS[0], waited + RETRY_DELAYS[0])
             return
         self._retry_timer = None
         try:

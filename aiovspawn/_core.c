@@ -1,12 +1,12 @@
 /* The Python face of launch.c and hub.c: the module and its type Hub.
  *
- * Converts arguments, copies them into the launch's block, and turns -errno into
- * OSError. It never clones and never touches a file descriptor itself. Nothing
- * the child reads belongs to Python: every string is copied.
+ * Converts arguments, and turns -errno into OSError. It never clones and never touches a
+ * file descriptor itself.
  *
  * A Hub holds no Python object: a Launch (_launchobject.c) is known to it by its number,
  * which events carry.
  */
+#include "_arguments.h"
 #include "_launchobject.h"
 #include "_waiter.h"
 
@@ -17,279 +17,11 @@
 #include <limits.h>
 #include <stdatomic.h>
 #include <string.h>
-#include <sys/auxv.h>
 
 typedef struct {
     PyObject_HEAD
     struct hub *hub; /* NULL only if it could not be made */
 } HubObject;
-
-/* ---- arguments into a block -------------------------------------------------- */
-
-/* A list of bytes objects, NUL-free, from a sequence of str, bytes or PathLike. */
-static PyObject *fs_encode_all(PyObject *sequence)
-{
-    /* A tuple of our own: an item's __fspath__() may change the caller's list. */
-    PyObject *tuple = PySequence_Tuple(sequence);
-    if (!tuple)
-        return NULL;
-    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
-    PyObject *list = PyList_New(count);
-    for (Py_ssize_t i = 0; list && i < count; i++) {
-        PyObject *encoded = NULL;
-        if (PyUnicode_FSConverter(PyTuple_GET_ITEM(tuple, i), &encoded))
-            PyList_SET_ITEM(list, i, encoded);
-        else
-            Py_CLEAR(list);
-    }
-    Py_DECREF(tuple);
-    return list;
-}
-
-static size_t strings_size(PyObject *list)
-{
-    Py_ssize_t count = PyList_GET_SIZE(list);
-    size_t size = ((size_t)count + 1) * sizeof(char *) + 16;
-    for (Py_ssize_t i = 0; i < count; i++)
-        size += (size_t)PyBytes_GET_SIZE(PyList_GET_ITEM(list, i)) + 1 + 15;
-    return size;
-}
-
-static char *put_string(struct block *block, const char *string, size_t length)
-{
-    char *copy = block_take(block, length + 1);
-    if (copy) {
-        memcpy(copy, string, length);
-        copy[length] = '\0';
-    }
-    return copy;
-}
-
-static char **put_strings(struct block *block, PyObject *list)
-{
-    Py_ssize_t count = PyList_GET_SIZE(list);
-    char **array = block_take(block, ((size_t)count + 1) * sizeof *array);
-    if (!array)
-        return NULL;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        PyObject *item = PyList_GET_ITEM(list, i);
-        array[i] = put_string(block, PyBytes_AS_STRING(item), (size_t)PyBytes_GET_SIZE(item));
-        if (!array[i])
-            return NULL;
-    }
-    array[count] = NULL;
-    return array;
-}
-
-extern char **environ;
-
-/* Where the kernel put the environment that the process was started with, one string after the
- * other up to the name of the program (getauxval(3)). The memory is there as long as the
- * process is; what setenv(3) adds lies elsewhere. Of a changed one it is what comes after. */
-static const char *first_environ;
-static size_t first_environ_size;
-
-static void find_first_environ(void)
-{
-    const char *last = (const char *)getauxval(AT_EXECFN), *begin = NULL, *end = NULL;
-    if (first_environ)
-        return; /* another interpreter's thread may be using it */
-    for (char **string = environ; string && *string && (!end || end != last); string++) {
-        if (*string != end)
-            begin = *string;
-        end = *string + strlen(*string) + 1;
-    }
-    if (end && end == last) {
-        first_environ_size = (size_t)(end - begin);
-        first_environ = begin;
-    }
-}
-
-static size_t environ_size(void)
-{
-    size_t size = sizeof(char *) + 16 + 15 + first_environ_size + 16;
-    for (char **string = environ; string && *string; string++)
-        size += sizeof(char *) + strlen(*string) + 1;
-    return size;
-}
-
-/* The C environment as it is now: the child may exec later, and another thread's
- * putenv() may have freed its strings by then. */
-static char **put_environ(struct block *block)
-{
-    size_t count = 0;
-    while (environ && environ[count])
-        count++;
-    char **array = block_take(block, (count + 1) * sizeof *array);
-    /* All of the first one at once: most of it is still in use. */
-    char *first = array ? put_string(block, first_environ ? first_environ : "", first_environ_size) : NULL;
-    if (!first)
-        return NULL;
-    size_t room, i = 0;
-    char *begin = block_rest(block, &room), *at = begin;
-    for (; i < count && environ && environ[i]; i++) {
-        uintptr_t offset = (uintptr_t)environ[i] - (uintptr_t)first_environ;
-        if (offset < first_environ_size) {
-            array[i] = first + offset;
-            continue;
-        }
-        array[i] = at;
-        at = memccpy(at, environ[i], '\0', room - (size_t)(at - begin));
-        if (!at)
-            return NULL;
-    }
-    array[i] = NULL;
-    (void)block_take(block, (size_t)(at - begin));
-    return array;
-}
-
-/* A step is (op, a, b, data or None). */
-static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *ret_data)
-{
-    *ret_data = (Py_buffer){0};
-    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) {
-        PyErr_SetString(PyExc_TypeError, "a step is a tuple of 4");
-        return -1;
-    }
-    long op = PyLong_AsLong(PyTuple_GET_ITEM(item, 0));
-    ret_step->a = PyLong_AsLong(PyTuple_GET_ITEM(item, 1));
-    ret_step->b = PyLong_AsLong(PyTuple_GET_ITEM(item, 2));
-    if ((op == -1 || ret_step->a == -1 || ret_step->b == -1) && PyErr_Occurred())
-        return -1;
-    PyObject *data = PyTuple_GET_ITEM(item, 3);
-    if (data != Py_None && PyObject_GetBuffer(data, ret_data, PyBUF_SIMPLE) < 0)
-        return -1;
-    if (op < SPAWN_MAP_FD || op > SPAWN_SIGMASK) {
-        PyBuffer_Release(ret_data);
-        PyErr_Format(PyExc_ValueError, "no such step: %ld", op);
-        return -1;
-    }
-    ret_step->op = (enum spawn_op)op;
-    return 0;
-}
-
-static size_t steps_size(PyObject *steps)
-{
-    size_t size = (size_t)PyTuple_GET_SIZE(steps) * sizeof(struct spawn_step) + 16;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
-        struct spawn_step step;
-        Py_buffer data;
-        if (parse_step(PyTuple_GET_ITEM(steps, i), &step, &data) < 0)
-            return 0;
-        size += (size_t)data.len + 1 + 15;
-        PyBuffer_Release(&data);
-    }
-    return size;
-}
-
-static struct spawn_step *put_steps(struct block *block, PyObject *steps)
-{
-    size_t count = (size_t)PyTuple_GET_SIZE(steps);
-    struct spawn_step *array = block_take(block, count * sizeof *array);
-    for (size_t i = 0; array && i < count; i++) {
-        Py_buffer data;
-        if (parse_step(PyTuple_GET_ITEM(steps, (Py_ssize_t)i), &array[i], &data) < 0)
-            return NULL;
-        array[i].data = data.buf ? put_string(block, data.buf, (size_t)data.len) : NULL;
-        bool complete = !data.buf || array[i].data;
-        PyBuffer_Release(&data);
-        if (!complete)
-            return NULL;
-    }
-    return array;
-}
-
-/* pass_fds ascend and have no duplicates, as the table of steps needs it. */
-static int *put_pass_fds(struct block *block, PyObject *pass_fds)
-{
-    size_t count = (size_t)PyTuple_GET_SIZE(pass_fds);
-    int *array = block_take(block, count * sizeof *array);
-    for (size_t i = 0; array && i < count; i++) {
-        long fd = PyLong_AsLong(PyTuple_GET_ITEM(pass_fds, (Py_ssize_t)i));
-        if (fd == -1 && PyErr_Occurred())
-            return NULL;
-        if (fd < 0 || fd > INT32_MAX || (i > 0 && fd <= array[i - 1])) {
-            PyErr_SetString(PyExc_ValueError, "bad value(s) in pass_fds");
-            return NULL;
-        }
-        array[i] = (int)fd;
-    }
-    return array;
-}
-
-/* The arguments of Hub.launch(), borrowed, or encoded and owned. */
-struct launch_arguments {
-    PyObject *programs, *argv, *env; /* env: list or NULL for the C environment */
-    PyObject *pass_fds, *steps;
-    int stdio[3];
-    int close_fds, pipe_size, may_share;
-    bool one_shot;
-    Py_ssize_t limit; /* of a one-shot's output */
-    int pauses;       /* at the limit; and its exec is told */
-};
-
-static size_t arena_size(const struct launch_arguments *args)
-{
-    size_t steps = steps_size(args->steps);
-    if (steps == 0)
-        return 0;
-    struct spawn_request counted = {
-        .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
-        .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
-    };
-    size_t table = spawn_step_bound(&counted) * sizeof(struct spawn_step) + 16;
-    size_t fds = counted.pass_fd_count * sizeof(int) + 16;
-    size_t env = args->env ? strings_size(args->env) : environ_size();
-    return steps + table + fds + env + strings_size(args->argv) + strings_size(args->programs);
-}
-
-static bool fill_block(struct block *block, const struct launch_arguments *args)
-{
-    struct spawn_request *request = &block->request;
-    *request = (struct spawn_request){
-        .programs = (const char *const *)put_strings(block, args->programs),
-        .argv = put_strings(block, args->argv),
-        .envp = args->env ? put_strings(block, args->env) : put_environ(block),
-        .stdio = {args->stdio[0], args->stdio[1], args->stdio[2]},
-        .pipe_size = args->pipe_size,
-        .close_fds = args->close_fds,
-        .pass_fds = put_pass_fds(block, args->pass_fds),
-        .pass_fd_count = (size_t)PyTuple_GET_SIZE(args->pass_fds),
-        .steps = put_steps(block, args->steps),
-        .step_count = (size_t)PyTuple_GET_SIZE(args->steps),
-    };
-    block->child.steps = block_take(block, spawn_step_bound(request) * sizeof(struct spawn_step));
-    return request->programs && request->argv && request->envp && request->pass_fds && request->steps &&
-           block->child.steps;
-}
-
-static struct block *block_with(const struct launch_arguments *args, size_t size)
-{
-    struct block *block = block_new(size);
-    if (!block) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    if (!fill_block(block, args)) {
-        block_free(block);
-        return NULL;
-    }
-    return block;
-}
-
-/* Most launches fit into a block of the usual size: what they need is measured only where
- * they do not. The environment may have grown in between: then there is no memory. */
-static struct block *make_block(const struct launch_arguments *args)
-{
-    struct block *block = block_with(args, 0);
-    if (block || PyErr_Occurred())
-        return block;
-    size_t size = arena_size(args);
-    block = size ? block_with(args, size) : NULL;
-    if (!block && !PyErr_Occurred())
-        PyErr_NoMemory();
-    return block;
-}
 
 /* ---- the ladder ---------------------------------------------------------------- */
 
@@ -330,15 +62,27 @@ static int serving_rung(int rung, const struct spawn_request *request)
     return rung;
 }
 
-static bool makes_namespaces(const struct spawn_request *request)
+/* Whether a child may be long on its way to the exec: others run before it. */
+static bool gives_way(const struct spawn_request *request)
 {
-    return spawn_find_step(request, SPAWN_NAMESPACES) != NULL;
+    return spawn_find_step(request, SPAWN_SCHEDULER) || spawn_find_step(request, SPAWN_NICE) ||
+           spawn_find_step(request, SPAWN_CPU_AFFINITY);
+}
+
+/* The first to be tried. Where somebody waits until nobody hides our memory, he is to find it
+ * unhidden when he looks next: this child has its own when the launch returns. */
+static int first_rung(int current, const struct spawn_request *request)
+{
+    int rung = serving_rung(current, request);
+    bool waits = spawn_is_detached((enum spawn_rung)rung) && !atomic_load(&rung_forced) && launch_memory_is_wanted() &&
+                 spawn_hides_memory(request) && spawn_serves(SPAWN_VFORK, request) && !gives_way(request);
+    return waits ? SPAWN_VFORK : rung;
 }
 
 /* Whether a refusal says something of the rung, not of the request. */
 static bool is_ordinary(const struct spawn_request *request)
 {
-    return !makes_namespaces(request) && !spawn_find_step(request, SPAWN_CGROUP);
+    return !spawn_clones_namespaces(request) && !spawn_find_step(request, SPAWN_CGROUP);
 }
 
 /* Starts at the rung in use and steps down where one is refused, also when that
@@ -348,8 +92,8 @@ static int start_on_ladder(struct hub *hub, struct block **block, struct launch_
                            struct launch **ret_launch, enum spawn_op *ret_op)
 {
     const int current = current_rung();
-    int rung = serving_rung(current, &(*block)->request), result;
-    const bool namespaces = makes_namespaces(&(*block)->request);
+    int rung = first_rung(current, &(*block)->request), result;
+    const bool namespaces = spawn_clones_namespaces(&(*block)->request);
     const bool ordinary = is_ordinary(&(*block)->request), serves = rung == current;
     const bool may_leave = !serves || !atomic_load(&rung_forced) || spawn_find_step(&(*block)->request, SPAWN_CGROUP);
     for (;;) {
@@ -449,7 +193,7 @@ static PyObject *launch_with(HubObject *self, const struct launch_arguments *arg
 {
     struct launch *launch = NULL;
     enum spawn_op op;
-    struct block *block = make_block(args);
+    struct block *block = arguments_block(args);
     if (!block)
         return NULL;
     LaunchObject *object = launch_object_new(Py_TYPE(self), args->limit, args->pauses);
@@ -528,11 +272,11 @@ static PyObject *Hub_launch(HubObject *self, PyObject *const *given, Py_ssize_t 
         !parse_int(given[7], &args.pipe_size) || !parse_truth(given[8], &args.may_share) ||
         !parse_limit(given[9], &args.one_shot, &args.limit) || !parse_truth(given[10], &args.pauses))
         return NULL;
-    args.programs = fs_encode_all(given[0]);
-    args.argv = args.programs ? fs_encode_all(given[1]) : NULL;
+    args.programs = arguments_encode(given[0]);
+    args.argv = args.programs ? arguments_encode(given[1]) : NULL;
     bool encoded = args.argv != NULL;
     if (encoded && env != Py_None) {
-        args.env = fs_encode_all(env);
+        args.env = arguments_encode(env);
         encoded = args.env != NULL;
     }
     if (encoded)
@@ -561,47 +305,45 @@ static bool begins_with_path(PyObject *arguments)
 static LaunchObject *launch_arguments(HubObject *self, PyObject *arguments, struct launch_arguments *args)
 {
     PyObject *launch = NULL;
-    PyObject *program = PyList_GET_ITEM(arguments, 0), *encoded = NULL;
-    Py_INCREF(program); /* a hook may change the list */
-    if (PySys_Audit("subprocess.Popen", "OOOO", program, arguments, Py_None, Py_None) == 0 &&
-        PyUnicode_FSConverter(program, &encoded)) {
-        args->programs = PyList_New(1);
-        if (args->programs)
-            PyList_SET_ITEM(args->programs, 0, encoded);
-        else
-            Py_DECREF(encoded);
-        args->argv = args->programs ? fs_encode_all(arguments) : NULL;
+    PyObject *program = PyTuple_Pack(1, PyList_GET_ITEM(arguments, 0)); /* a hook may change the list */
+    if (program && PySys_Audit("subprocess.Popen", "OOOO", PyTuple_GET_ITEM(program, 0), arguments, Py_None, Py_None) == 0) {
+        args->programs = arguments_encode(program);
+        args->argv = args->programs ? arguments_encode(arguments) : NULL;
         launch = args->argv ? launch_with(self, args) : NULL;
     }
-    Py_DECREF(program);
+    Py_XDECREF(program);
     Py_CLEAR(args->programs);
     Py_CLEAR(args->argv);
     return (LaunchObject *)launch;
 }
 
-/* launch_plain(arguments, stdout, stderr, transports, limit, pauses) -> a launch without keywords, in one
- * shot, which is among the transports; or None, with nothing done: they are not that plain. */
-static PyObject *Hub_launch_plain(HubObject *self, PyObject *const *given, Py_ssize_t count)
+/* What launch_plain() takes, after the hub. */
+enum { PLAIN_ARGUMENTS, PLAIN_STDOUT, PLAIN_STDERR, PLAIN_STEPS, PLAIN_LIMIT, PLAIN_PAUSES, PLAIN_COUNT };
+
+/* A launch without subprocess's keywords, which is among the transports, a dict, if it is in one
+ * shot; or None, with nothing done: they are not that plain. */
+static PyObject *plain_launch(HubObject *self, PyObject *const given[PLAIN_COUNT], PyObject *transports)
 {
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
     struct launch_arguments args = {
         .pass_fds = state->nothing,
-        .steps = state->default_steps,
+        .steps = given[PLAIN_STEPS],
         .stdio = {SPAWN_INHERIT, SPAWN_INHERIT, SPAWN_INHERIT},
         .close_fds = true,
         .pipe_size = -1,
         .may_share = true,
     };
-    if (count != 6 || !PyDict_Check(given[3]))
-        return PyErr_Format(PyExc_TypeError, "launch_plain() takes 6 arguments, the fourth of them a dict");
-    if (!parse_limit(given[4], &args.one_shot, &args.limit) || !parse_truth(given[5], &args.pauses))
+    if (!parse_tuple(args.steps, "steps", -1) || !parse_limit(given[PLAIN_LIMIT], &args.one_shot, &args.limit) ||
+        !parse_truth(given[PLAIN_PAUSES], &args.pauses))
         return NULL;
-    if ((!PyList_CheckExact(given[0]) && !PyTuple_CheckExact(given[0])) ||
-        !parse_plain_output(given[1], &args.stdio[1]) || !parse_plain_output(given[2], &args.stdio[2])) {
+    PyObject *sequence = given[PLAIN_ARGUMENTS];
+    if ((!PyList_CheckExact(sequence) && !PyTuple_CheckExact(sequence)) ||
+        !parse_plain_output(given[PLAIN_STDOUT], &args.stdio[1]) ||
+        !parse_plain_output(given[PLAIN_STDERR], &args.stdio[2])) {
         PyErr_Clear(); /* an int may be too large for a long */
         Py_RETURN_NONE;
     }
-    PyObject *arguments = PySequence_List(given[0]), *id = NULL;
+    PyObject *arguments = PySequence_List(sequence), *id = NULL;
     if (arguments && !begins_with_path(arguments)) {
         Py_DECREF(arguments);
         Py_RETURN_NONE;
@@ -610,7 +352,9 @@ static PyObject *Hub_launch_plain(HubObject *self, PyObject *const *given, Py_ss
     if (launch) {
         launch->arguments = Py_NewRef(arguments);
         id = PyLong_FromUnsignedLongLong(launch->id);
-        if (!id || PyDict_SetItem(given[3], id, (PyObject *)launch) < 0)
+        /* Who has one that is not in one shot is there himself: an exception in between would leave it
+         * there for ever. */
+        if (!id || (args.one_shot && PyDict_SetItem(transports, id, (PyObject *)launch) < 0))
             Py_CLEAR(launch);
     }
     Py_XDECREF(id);
@@ -821,7 +565,6 @@ static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
 
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)(void (*)(void))Hub_launch, METH_FASTCALL, NULL},
-    {"launch_plain", (PyCFunction)(void (*)(void))Hub_launch_plain, METH_FASTCALL, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
     {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
     {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
@@ -859,6 +602,11 @@ static PyObject *core_in_flight_before(PyObject *Py_UNUSED(module), PyObject *ar
     if (id == (unsigned long long)-1 && PyErr_Occurred())
         return NULL;
     return PyBool_FromLong(launch_in_flight_before(id));
+}
+
+static PyObject *core_memory_is_hidden(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(launch_memory_is_hidden());
 }
 
 /* share_fds_from(fd): from which fd number on launches share the fd table; -1: the default. */
@@ -915,11 +663,77 @@ static PyObject *core_counts(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
                          (Py_ssize_t)counts.free_blocks, "rungs", rung_counts(&counts));
 }
 
+/* ---- in one call ------------------------------------------------------------------- */
+
+/* What a weak reference refers to, a new reference; NULL: to nothing, or it is none. weakref.ref() */
+static PyObject *referent(PyObject *reference)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *object = NULL;
+    if (PyWeakref_GetRef(reference, &object) < 0)
+        PyErr_Clear();
+    return object;
+#else
+    PyObject *object = PyWeakref_Check(reference) ? PyWeakref_GetObject(reference) : Py_None;
+    return object == Py_None ? NULL : Py_NewRef(object);
+#endif
+}
+
+/* latest_hub(latest, loop) -> the LoopHub of a loop, from what was found last: (weak reference to a
+ * loop, to its hub), or None; None: it was another loop's. */
+static PyObject *core_latest_hub(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "latest_hub() takes 2 arguments (%zd given)", count);
+    if (!PyTuple_Check(args[0]) || PyTuple_GET_SIZE(args[0]) != 2)
+        Py_RETURN_NONE;
+    PyObject *loop = referent(PyTuple_GET_ITEM(args[0], 0));
+    PyObject *hub = loop == args[1] ? referent(PyTuple_GET_ITEM(args[0], 1)) : NULL;
+    Py_XDECREF(loop);
+    return hub ? hub : Py_NewRef(Py_None);
+}
+
+/* Has the hub look after a launch whose status pipe some stranger may hold open, for some time. */
+static int await_verdict(core_state *state, PyObject *hub)
+{
+    PyObject *sweeping = PyObject_GetAttr(hub, state->sweeping), *result = NULL;
+    Py_XDECREF(sweeping);
+    if (!sweeping || sweeping == Py_True)
+        return sweeping ? 0 : -1;
+    result = PyObject_CallMethodNoArgs(hub, state->await_verdict);
+    Py_XDECREF(result);
+    return result ? 0 : -1;
+}
+
+/* launch_plain(hub, arguments, stdout, stderr, steps, limit, pauses): see plain_launch(). hub: a LoopHub,
+ * which is told to look after it. */
+static PyObject *core_launch_plain(PyObject *module, PyObject *const *given, Py_ssize_t count)
+{
+    core_state *state = PyModule_GetState(module);
+    PyObject *launch = NULL;
+    if (count != PLAIN_COUNT + 1)
+        return PyErr_Format(PyExc_TypeError, "launch_plain() takes 7 arguments (%zd given)", count);
+    if (await_verdict(state, given[0]) < 0) /* before: there would be nobody to undo the launch */
+        return NULL;
+    PyObject *core = PyObject_GetAttr(given[0], state->core);
+    PyObject *transports = core ? PyObject_GetAttr(given[0], state->transports) : NULL;
+    if (transports && Py_IS_TYPE(core, state->hub_type) && PyDict_Check(transports))
+        launch = plain_launch((HubObject *)core, &given[1], transports);
+    else if (transports)
+        PyErr_SetString(PyExc_TypeError, "launch_plain() takes a LoopHub");
+    Py_XDECREF(core);
+    Py_XDECREF(transports);
+    return launch;
+}
+
 static PyMethodDef core_methods[] = {
+    {"latest_hub", (PyCFunction)(void (*)(void))core_latest_hub, METH_FASTCALL, NULL},
+    {"launch_plain", (PyCFunction)(void (*)(void))core_launch_plain, METH_FASTCALL, NULL},
     {"rung", core_rung, METH_NOARGS, NULL},
     {"force_rung", core_force_rung, METH_O, NULL},
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
+    {"memory_is_hidden", core_memory_is_hidden, METH_NOARGS, NULL},
     {"share_fds_from", core_share_fds_from, METH_O, NULL},
     {"quiet_time", core_quiet_time, METH_O, NULL},
     {"probe", core_probe, METH_O, NULL},
@@ -995,7 +809,7 @@ static int core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
     int result = launch_init();
-    find_first_environ();
+    arguments_init();
     if (result < 0) {
         core_raise_errno(result);
         return -1;
@@ -1003,14 +817,17 @@ static int core_exec(PyObject *module)
     state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
+    state->core = PyUnicode_InternFromString("core");
+    state->transports = PyUnicode_InternFromString("transports");
+    state->sweeping = PyUnicode_InternFromString("sweeping");
+    state->await_verdict = PyUnicode_InternFromString("await_verdict");
     state->nothing = PyTuple_New(0);
-    state->default_steps = Py_BuildValue("((iiiO))", (int)SPAWN_RESTORE_SIGNALS, 0, 0, Py_None);
     for (int i = 0; i < COMPLETED_NAMES; i++)
         if (!(state->names[i] = PyUnicode_InternFromString(completed_names[i])))
             return -1;
     state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
     if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing ||
-        !state->default_steps)
+        !state->core || !state->transports || !state->sweeping || !state->await_verdict)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0)
@@ -1037,8 +854,11 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->launch_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
+    Py_CLEAR(state->core);
+    Py_CLEAR(state->transports);
+    Py_CLEAR(state->sweeping);
+    Py_CLEAR(state->await_verdict);
     Py_CLEAR(state->nothing);
-    Py_CLEAR(state->default_steps);
     for (int i = 0; i < COMPLETED_NAMES; i++)
         Py_CLEAR(state->names[i]);
     return 0;

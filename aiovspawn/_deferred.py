@@ -13,6 +13,7 @@ import contextlib
 import signal
 import sys
 import warnings
+import weakref
 from asyncio.subprocess import SubprocessStreamProtocol
 from copy import copy
 from subprocess import PIPE
@@ -20,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._attempts import launch_awaited, launch_plain
-from ._hub import EXECED, EXITED, FINISHED, LoopHub, hub_of
-from ._request import Request, plain_request, request_of, request_of_plain
+from ._hub import ENDED, EXECED, FINISHED, LoopHub, hub_of
+from ._request import Plain, Request, plain_request, request_of
+from ._steps import plain_steps
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
 
 if TYPE_CHECKING:
@@ -34,24 +36,43 @@ NEED_A_TRANSPORT = frozenset(("preexec_fn", "pty", "cgroup", "extra", "_keeps_pi
 """Keywords of launches that are more than a process with output."""
 
 Streams = tuple[SubprocessTransport, SubprocessStreamProtocol]
-Plain = tuple[Any, Any, Any]
-"""What there is in place of a Request where launch_plain() has launched: its args, stdout and stderr."""
 
 
 class Deferred:
-    """A launch in one shot that may get streams."""
+    """A launch in one shot that may get streams.
 
-    __slots__ = ("_factory", "_hub", "_over", "_readers", "_request", "launch")
+    limit: bytes that a StreamReader buffers.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_hub",
+        "_limit",
+        "_loop",
+        "_over",
+        "_readers",
+        "_request",
+        "launch",
+        "protocol",
+    )
 
     def __init__(
-        self, hub: LoopHub, factory: StreamsFactory, request: Request | Plain, launch: _core.Launch
+        self,
+        hub: LoopHub,
+        loop: asyncio.AbstractEventLoop,
+        limit: int,
+        request: Request | Plain,
+        launch: _core.Launch,
     ) -> None:
         self._hub = hub
-        self._factory = factory
+        self._loop = loop
+        self._limit = limit
         self._request = request
-        self._readers = 0
+        self._readers = [0, 0, 0]
         self._over = False
         self.launch = launch
+        self.protocol: SubprocessStreamProtocol | None = None
+        """What the streams are to have, None for a new one."""
 
     async def started(self) -> Deferred | Streams:
         """Wait until the program runs, and return this, or the streams of a later attempt.
@@ -61,7 +82,7 @@ class Deferred:
         """
         launch = self.launch
         try:
-            await launch.waiter(self._factory.loop, EXECED)
+            await launch.waiter(self._loop, EXECED)
             if launch.stage:
                 return self
             transport, protocol = self.open()  # it has failed, but may be tried again
@@ -74,39 +95,50 @@ class Deferred:
             raise
         return await until_it_runs(transport, protocol)
 
-    def exit_waiter(self) -> _core.Waiter:
-        """What the exit wakes, after which there is a returncode()."""
-        return self.launch.waiter(self._factory.loop, EXITED)
-
-    def returncode(self) -> int | None:
-        """Return the returncode after the exit; None: the streams have to tell it."""
-        launch = self.launch
-        return launch.poll() if launch.stage >= EXITED and not launch.status_lost else None
-
     async def communicate(self) -> tuple[bytes | None, bytes | None] | None:
         """Wait for the end of the process and of its output, and return that; None: the streams have it."""
-        launch = self.launch
-        launch.set_limit(-1)
-        self._readers += 1
-        try:
-            await launch.waiter(self._factory.loop, FINISHED)
-        finally:
-            self._readers -= 1
-            if self._readers == 0:
-                launch.set_limit(2 * self._factory.limit)
-        outcome = None if launch.status_lost else launch.outcome()
+        await self._read((1, 2), FINISHED)
+        outcome = None if self.launch.status_lost else self.launch.outcome()
         return outcome and outcome[2:4]
+
+    async def read(self, fd: int) -> bytes | None:
+        """Wait for the end of one output and return all of it; None: the streams have it."""
+        await self._read((fd,), ENDED[fd])
+        return self.launch.take_output(fd)
+
+    async def _read(self, fds: tuple[int, ...], until: int) -> None:
+        launch, readers = self.launch, self._readers
+        for fd in fds:
+            readers[fd] += 1
+        try:
+            for fd in fds:
+                launch.set_limit(fd, -1)
+            await launch.waiter(self._loop, until)
+        finally:
+            for fd in fds:
+                readers[fd] -= 1
+                if readers[fd] == 0:
+                    launch.set_limit(fd, 2 * self._limit)
 
     def open(self) -> Streams:
         """Open the streams, with what has come so far."""
         self._over = True
-        protocol, request = self._factory(), self._request
-        if isinstance(request, tuple):
-            args, stdout, stderr = request
-            assert self.launch.arguments is not None
-            request = request_of_plain(args, self.launch.arguments, stdout, stderr)
-        transport = SubprocessTransport(self._hub, self._factory.loop, protocol, request, launch=self.launch)
+        protocol = self.protocol or SubprocessStreamProtocol(limit=self._limit, loop=self._loop)
+        transport = SubprocessTransport(self._hub, self._loop, protocol, self._request, launch=self.launch)
         return transport, protocol
+
+    def outputs(self) -> tuple[int, ...]:
+        """Return the numbers in the child of the pipes that there are."""
+        asked = self._request
+        if type(asked) is tuple:
+            _, stdout, stderr, _ = asked  # None or PIPE
+            return (1,) if stderr is None and stdout else (1, 2) if stdout else (2,) if stderr else ()
+        stdio = asked.stdio  # type: ignore[union-attr]  # no Plain: that is a tuple
+        return tuple(fd for fd in (1, 2) if stdio[fd] == PIPE)
+
+    def leave(self) -> None:
+        """Somebody else has opened the streams."""
+        self._over = True
 
     def forget(self) -> None:
         """Kill the process, without the loop; it is reaped later."""
@@ -120,46 +152,54 @@ class Deferred:
         """The process object is gone: the launch lives on as one with streams that nobody reads."""
         if self._over or self.launch.stage == FINISHED:
             return
-        loop = self._factory.loop
+        loop = self._loop
         if loop.is_closed():
             self.forget()
             warnings.warn(f"unclosed process {self.launch.pid}", ResourceWarning, source=self, stacklevel=2)
-        elif loop.is_running() and asyncio._get_running_loop() is not loop:
-            # By the garbage collector, in another thread. If the loop is closed first, there is this again.
-            again = copy(self)
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(again.open)
-        else:
+            return
+        # Not now: other finalizers of the same cycle may still open them, or keep the process. If the
+        # loop is closed first, there is this again.
+        again = copy(self)
+        is_other_thread = loop.is_running() and asyncio._get_running_loop() is not loop
+        call = loop.call_soon_threadsafe if is_other_thread else loop.call_soon
+        with contextlib.suppress(RuntimeError):
+            call(again._open_for, weakref.ref(self))
+
+    def _open_for(self, gone: weakref.ref[Deferred]) -> None:
+        if gone() is None and self._hub.transports.get(self.launch.id) is self.launch:
             self.open()
+        self._over = True
 
 
 def launch_deferred(
+    hub: LoopHub | None,
     loop: asyncio.AbstractEventLoop,
-    factory: StreamsFactory,
+    limit: int,
     args: Any,
     shell: bool,
     stdio: tuple[Any, Any, Any],
+    keywords: dict[str, Any],
 ) -> Deferred | None:
-    """Launch without keywords, by the core, what can be deferred; None: nothing has been done."""
-    stdin = stdio[0]
-    if not (stdin is None or (type(stdin) is int and stdin != PIPE)) or not _can_defer(factory):
+    """Launch with plain_steps(), by the core, what can be deferred; None: nothing has been done.
+
+    hub: None for that of the loop.
+    """
+    stdin, stdout, stderr = stdio
+    steps = plain_steps(keywords)
+    if steps is None or not (stdin is None or (type(stdin) is int and stdin != PIPE)):
         return None
-    hub = hub_of(loop)
-    if hub is None:
+    hub = hub or hub_of(loop)
+    if hub is None or not (type(limit) is int and 0 < limit <= LIMIT_MAX) or loop.get_debug():
         return None
-    limit = 2 * factory.limit
+    request: Request | Plain
+    started = None
     if stdin is None and not shell:
-        _, stdout, stderr = stdio
-        started = launch_plain(hub, args, stdout, stderr, limit, True)
-        if started is not None:
-            return Deferred(hub, factory, (args, stdout, stderr), started)
-    request = plain_request(args, shell, *stdio)
-    return Deferred(hub, factory, request, launch_awaited(hub, request, limit, True))
-
-
-def _can_defer(factory: StreamsFactory) -> bool:
-    limit = factory.limit
-    return type(limit) is int and 0 < limit <= LIMIT_MAX and not factory.loop.get_debug()
+        started = launch_plain(hub, args, stdout, stderr, steps, 2 * limit, True)
+        request = args, stdout, stderr, steps
+    if started is None:
+        request = plain_request(args, shell, stdin, stdout, stderr, steps)
+        started = launch_awaited(hub, request, 2 * limit, True)
+    return Deferred(hub, loop, limit, request, started)
 
 
 async def start_deferred(
@@ -172,12 +212,14 @@ async def start_deferred(
     keywords: dict[str, Any],
 ) -> Deferred | Streams:
     """start_subprocess() for a process with streams, which are opened now only where that is needed."""
-    if by_popen or not NEED_A_TRANSPORT.isdisjoint(keywords) or not _can_defer(factory):
+    limit = factory.limit
+    can_defer = type(limit) is int and 0 < limit <= LIMIT_MAX and not loop.get_debug()
+    if by_popen or not can_defer or not NEED_A_TRANSPORT.isdisjoint(keywords):
         return await start_subprocess(hub, loop, factory, args, by_popen, shell, keywords)
     stdio = keywords.pop("stdin"), keywords.pop("stdout"), keywords.pop("stderr")
     request = request_of(args, False, shell, stdio, keywords)
     if request.stdio[0] == PIPE:
         protocol = factory()
         return await until_it_runs(SubprocessTransport(hub, loop, protocol, request), protocol)
-    started = launch_awaited(hub, request, 2 * factory.limit, True)
-    return await Deferred(hub, factory, request, started).started()
+    started = launch_awaited(hub, request, 2 * limit, True)
+    return await Deferred(hub, loop, limit, request, started).started()

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 EXECED, FAILED, EXITED = 3, 4, 5
 FINISHED, EXCEEDED = 7, 8
 """Of one-shots, as in _oneshot.h: it has exited and all output is read; there was too much."""
+ENDED = {1: 9, 2: 10}
+"""Of one output of a one-shot, for whoever waits for that."""
 
 SWEEP_INTERVAL = 0.1
 """Seconds between looks at launches whose verdict an end of file has not brought."""
@@ -69,8 +71,8 @@ class LoopHub:
     def _sweep_later(self) -> None:
         loop = self._loop()
         if loop is not None:
-            self.sweeping = True
             self._context.run(loop.call_later, SWEEP_INTERVAL, self._sweep)
+            self.sweeping = True
 
     def _sweep(self) -> None:
         self.sweeping = False
@@ -176,8 +178,18 @@ _hubs: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[LoopHub]
 )
 # No lock: each step below is one operation of the dict, and a collection in the midst of
 # them may close a loop, which comes here again.
-_latest: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[LoopHub]] | None = None
-"""The pair looked up last: most processes have one loop."""
+
+
+class Latest:
+    """What was looked up last: most processes have one loop."""
+
+    __slots__ = ("pair",)
+
+    def __init__(self) -> None:
+        self.pair: tuple[weakref.ref[asyncio.AbstractEventLoop], weakref.ref[LoopHub]] | None = None
+
+
+latest = Latest()
 _without_readers: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
 
 
@@ -186,18 +198,15 @@ def hub_of(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
 
     To be called in the loop's thread.
     """
-    global _latest
-    latest = _latest
-    if latest is not None and latest[0]() is loop:
-        hub = latest[1]()
-        if hub is not None:
-            return hub
+    hub = _core.latest_hub(latest.pair, loop)
+    if hub is not None:
+        return hub
     found = _hubs.get(loop)
     hub = found() if found is not None else None
     if hub is None:
         hub = _new_hub(loop)
     if hub is not None:
-        _latest = weakref.ref(loop), weakref.ref(hub)
+        latest.pair = weakref.ref(loop), weakref.ref(hub)
     return hub
 
 
@@ -220,8 +229,7 @@ def _new_hub(loop: asyncio.AbstractEventLoop) -> LoopHub | None:
 
 def close_hub(loop: asyncio.AbstractEventLoop) -> None:
     """Close the hub of a loop that is about to be closed, if it has one."""
-    global _latest
-    _latest = None
+    latest.pair = None
     found = _hubs.pop(loop, None)
     hub = found() if found is not None else None
     if hub is not None:
@@ -229,8 +237,7 @@ def close_hub(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _latest
-    _latest = None
+    latest.pair = None
     # The loops are the parent's; closing our copies of their epoll fds is harmless to it.
     for found in list(_hubs.values()):
         hub = found()

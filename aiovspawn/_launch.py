@@ -43,8 +43,12 @@ class Ladder:
         self.close_hub: Callable[[asyncio.AbstractEventLoop], None]
         self.start: Callable[..., Awaitable[Any]]
         self.start_deferred: Callable[..., Awaitable[Any]] | None = None
+        self.latest: Any
+        self.default_steps: Any = None
+        self.plain_steps: Callable[[dict[str, Any]], Any]
         self.launch_plain: Callable[..., Any]
         self.launch_awaited: Callable[..., Any]
+        self.plain_failure: Callable[..., OSError]
         self.launch_deferred: Callable[..., Any]
         self.one_shot: Any
         """What is used here of the modules that need the C core, if that is there."""
@@ -118,15 +122,18 @@ def _load_core() -> None:
     except ModuleNotFoundError:
         return
     from . import _oneshot
-    from ._attempts import launch_awaited, launch_plain
+    from ._attempts import launch_awaited, launch_plain, plain_failure
     from ._deferred import launch_deferred, start_deferred
-    from ._hub import close_hub, hub_of
-    from ._transport import start_subprocess
+    from ._deferred_streams import start_streams
+    from ._hub import close_hub, hub_of, latest
+    from ._steps import DEFAULT_STEPS, plain_steps
 
-    ladder.hub_of, ladder.close_hub = hub_of, close_hub
+    ladder.hub_of, ladder.close_hub, ladder.latest = hub_of, close_hub, latest
+    ladder.plain_steps, ladder.default_steps = plain_steps, DEFAULT_STEPS
     ladder.launch_plain, ladder.launch_awaited = launch_plain, launch_awaited
+    ladder.plain_failure = plain_failure
     ladder.launch_deferred = launch_deferred
-    ladder.start, ladder.start_deferred, ladder.one_shot = start_subprocess, start_deferred, _oneshot
+    ladder.start, ladder.start_deferred, ladder.one_shot = start_streams, start_deferred, _oneshot
 
 
 _load_core()

@@ -41,7 +41,7 @@ LaunchObject *launch_object_new(PyTypeObject *hub_type, Py_ssize_t limit, bool p
     LaunchObject *self = PyObject_GC_New(LaunchObject, state->launch_type);
     if (self) {
         self->launch = NULL;
-        self->one_shot = (struct one_shot){.limit = limit, .pauses = pauses};
+        self->one_shot = (struct one_shot){.captures = {{.limit = limit}, {.limit = limit}}, .pauses = pauses};
         self->waiters = self->arguments = NULL;
         self->begun = seconds();
         self->stage = 0;
@@ -78,7 +78,7 @@ static void Launch_dealloc(LaunchObject *self)
     if (self->launch)
         launch_free(self->launch);
     oneshot_clear(&self->one_shot);
-    Py_CLEAR(self->waiters);
+    waiter_drop_all(&self->waiters);
     Py_CLEAR(self->arguments);
     PyObject_GC_Del(self);
     Py_DECREF(type);
@@ -94,7 +94,7 @@ static int Launch_traverse(LaunchObject *self, visitproc visit, void *arg)
 
 static int Launch_clear(LaunchObject *self)
 {
-    Py_CLEAR(self->waiters);
+    waiter_drop_all(&self->waiters);
     Py_CLEAR(self->arguments);
     return 0;
 }
@@ -232,13 +232,34 @@ static PyObject *Launch_feed(LaunchObject *self, PyObject *input)
     Py_RETURN_NONE;
 }
 
+/* 1 or 2, or -1 with an exception set. */
+static int parse_output(PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if (fd == LAUNCH_STDOUT || fd == LAUNCH_STDERR)
+        return (int)fd;
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_ValueError, "fd must be 1 or 2");
+    return -1;
+}
+
 /* output(1 or 2): what has been read so far, None without a pipe. Nothing may be read after. */
 static PyObject *Launch_output(LaunchObject *self, PyObject *argument)
 {
-    long fd = PyLong_AsLong(argument);
-    if ((fd == -1 && PyErr_Occurred()) || parse_pipe(fd) < 0)
+    int fd = parse_output(argument);
+    return fd < 0 ? NULL : oneshot_output(&self->one_shot, fd);
+}
+
+/* take_output(1 or 2): all of an output that has come to its end, which is given away; None: it has
+ * not, or somebody else has it. */
+static PyObject *Launch_take_output(LaunchObject *self, PyObject *argument)
+{
+    int fd = parse_output(argument);
+    if (fd < 0)
         return NULL;
-    return oneshot_output(&self->one_shot, fd == LAUNCH_STDERR ? 2 : 1);
+    if (self->failed || self->exceeded || self->streamed)
+        Py_RETURN_NONE;
+    return oneshot_take_output(&self->one_shot, fd);
 }
 
 /* exceeded(): whether one of the outputs was longer than the limit. */
@@ -311,16 +332,47 @@ _Static_assert((int)HUB_EXECED < (int)HUB_EXITED && (int)HUB_EXITED < (int)ONESH
 
 static bool has_come(const LaunchObject *self, int stage)
 {
-    return self->failed || self->exceeded || self->streamed || self->stage >= stage;
+    if (self->failed || self->exceeded || self->streamed || self->stage >= (int)ONESHOT_FINISHED)
+        return true;
+    if (stage >= (int)ONESHOT_STDOUT_ENDED)
+        return !self->one_shot.captures[stage - (int)ONESHOT_STDOUT_ENDED].open;
+    return self->stage >= stage;
 }
 
-/* Who was cancelled is not coming back. */
-static int drop_cancelled(PyObject *waiters)
+/* The last one comes last; who was cancelled is not coming back. */
+static void append_waiter(LaunchObject *self, PyObject *waiter)
 {
-    for (Py_ssize_t i = PyList_GET_SIZE(waiters); i-- > 0;)
-        if (!waiter_is_waiting(PyList_GET_ITEM(waiters, i)) && PyList_SetSlice(waiters, i, i + 1, NULL) < 0)
-            return -1;
-    return 0;
+    PyObject **link = &self->waiters, *left = NULL;
+    while (*link)
+        if (waiter_is_waiting(*link)) {
+            link = waiter_next(*link);
+        } else {
+            PyObject *cancelled = waiter_take(link);
+            *waiter_next(cancelled) = left;
+            left = cancelled;
+        }
+    *link = Py_NewRef(waiter);
+    waiter_drop_all(&left); /* at the end: that may run anybody's code */
+}
+
+static PyObject *waiter_for(LaunchObject *self, PyObject *loop, int stage)
+{
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyObject *waiter = waiter_new(state->waiter_type, loop, stage);
+    self->awaited = !self->streamed;
+    if (stage >= (int)ONESHOT_STDOUT_ENDED)
+        self->one_shot.tells_ends = true;
+    if (waiter && has_come(self, stage))
+        Py_DECREF(waiter_finish(waiter, false, NULL)); /* nobody to wake: it cannot fail */
+    else if (waiter)
+        append_waiter(self, waiter);
+    return waiter;
+}
+
+static bool is_stage(long kind)
+{
+    return kind == HUB_EXECED || kind == HUB_EXITED || kind == ONESHOT_FINISHED || kind == ONESHOT_STDOUT_ENDED ||
+           kind == ONESHOT_STDERR_ENDED;
 }
 
 /* waiter(loop, kind) -> what a task of this loop awaits until this kind of event has come, or
@@ -332,41 +384,46 @@ static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssi
     long stage = PyLong_AsLong(args[1]);
     if (stage == -1 && PyErr_Occurred())
         return NULL;
-    core_state *state = PyType_GetModuleState(Py_TYPE(self));
-    PyObject *waiter = waiter_new(state->waiter_type, args[0], (int)stage);
-    self->awaited = !self->streamed;
-    if (waiter && has_come(self, (int)stage)) {
-        Py_DECREF(waiter_finish(waiter, false, NULL)); /* nobody to wake: it cannot fail */
-    } else if (waiter) {
-        if (!self->waiters)
-            self->waiters = PyList_New(0);
-        if (!self->waiters || drop_cancelled(self->waiters) < 0 || PyList_Append(self->waiters, waiter) < 0)
-            Py_CLEAR(waiter);
-    }
-    return waiter;
+    if (!is_stage(stage))
+        return PyErr_Format(PyExc_ValueError, "nobody can wait for events of kind %ld", stage);
+    return waiter_for(self, args[0], (int)stage);
 }
 
-/* Takes a waiter off the list that waits for no more than this stage, NULL without an exception
- * if there is none. */
-static PyObject *next_woken(LaunchObject *self, int stage)
+/* exit_waiter(loop): after which there is a returncode, or somebody to take over. */
+static PyObject *Launch_exit_waiter(LaunchObject *self, PyObject *loop)
 {
-    for (Py_ssize_t i = 0; self->waiters && i < PyList_GET_SIZE(self->waiters); i++) {
-        PyObject *waiter = PyList_GET_ITEM(self->waiters, i);
-        if (waiter_stage(waiter) > stage)
-            continue;
-        Py_INCREF(waiter);
-        if (PyList_SetSlice(self->waiters, i, i + 1, NULL) < 0)
-            Py_CLEAR(waiter);
-        return waiter;
-    }
-    return NULL;
+    return waiter_for(self, loop, HUB_EXITED);
+}
+
+/* end_waiter(loop): after which completed() or outcome() give what came of it, or None: somebody is to
+ * take over. */
+static PyObject *Launch_end_waiter(LaunchObject *self, PyObject *loop)
+{
+    return waiter_for(self, loop, ONESHOT_FINISHED);
+}
+
+/* The returncode, where the exit has come and told it; else None. */
+static PyObject *Launch_get_returncode(LaunchObject *self, void *Py_UNUSED(closure))
+{
+    if (self->stage < (int)HUB_EXITED || self->launch->status_lost)
+        Py_RETURN_NONE;
+    return Launch_poll(self, NULL);
+}
+
+/* Takes the first waiter for what has come, NULL if there is none. */
+static PyObject *next_woken(LaunchObject *self)
+{
+    PyObject **link = &self->waiters;
+    while (*link && !has_come(self, waiter_stage(*link)))
+        link = waiter_next(*link);
+    return *link ? waiter_take(link) : NULL;
 }
 
 /* Whatever a task raises that ends the loop: the others go on in its next turn, if it has one. */
-static PyObject *wake_waiters(LaunchObject *self, int stage, bool at_once)
+static PyObject *wake_waiters(LaunchObject *self, bool at_once)
 {
     PyObject *waiter, *type = NULL, *value = NULL, *traceback = NULL;
-    while ((waiter = next_woken(self, stage))) {
+    while ((waiter = next_woken(self))) {
         PyObject *result = waiter_finish(waiter, at_once && !type, NULL);
         Py_DECREF(waiter);
         if (result)
@@ -391,7 +448,7 @@ PyObject *launch_object_tell(LaunchObject *self, int kind, int value, int step)
         self->failed_error = value;
     } else if (kind == ONESHOT_EXCEEDED) {
         self->exceeded = value;
-    } else if (self->stage < kind) {
+    } else if (kind <= (int)ONESHOT_FINISHED && self->stage < kind) {
         self->stage = kind;
     }
     if (kind == HUB_EXITED || kind == ONESHOT_FINISHED)
@@ -400,7 +457,7 @@ PyObject *launch_object_tell(LaunchObject *self, int kind, int value, int step)
         launch_close(self->launch);
         oneshot_release_input(&self->one_shot);
     }
-    return wake_waiters(self, self->failed || self->exceeded ? (int)ONESHOT_FINISHED : self->stage, true);
+    return wake_waiters(self, true);
 }
 
 /* on_event(kind, value): launch_object_tell(), by one who has the event from a queue. */
@@ -419,68 +476,91 @@ static PyObject *Launch_on_event(LaunchObject *self, PyObject *const *args, Py_s
     return launch_object_tell(self, kind, value, step);
 }
 
-/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
- * it is to be taken over. The output is given away: there is none when it is asked for again. */
-static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
+/* Whether outcome() is to give one. */
+static bool has_outcome(const LaunchObject *self)
 {
-    if (self->exceeded || self->streamed || self->stage < (int)ONESHOT_FINISHED)
-        Py_RETURN_NONE;
-    PyObject *outcome = PyTuple_New(5);
-    PyObject *items[] = {
+    return !self->exceeded && !self->streamed && self->stage >= (int)ONESHOT_FINISHED;
+}
+
+enum { OUTCOME_SIZE = 5 };
+
+/* What outcome() returns, item by item. The output is given away. */
+static bool take_outcome(LaunchObject *self, PyObject **ret_items)
+{
+    PyObject *items[OUTCOME_SIZE] = {
         PyLong_FromLong(self->one_shot.returncode),
         PyLong_FromLong(self->pid),
         oneshot_output(&self->one_shot, 1),
         oneshot_output(&self->one_shot, 2),
         Launch_rusage(self, NULL),
     };
-    bool complete = outcome != NULL;
-    for (int i = 0; i < 5; i++) {
+    bool complete = true;
+    for (int i = 0; i < OUTCOME_SIZE; i++) {
+        ret_items[i] = items[i];
         complete = complete && items[i];
-        if (outcome)
-            PyTuple_SET_ITEM(outcome, i, items[i]);
-        else
-            Py_XDECREF(items[i]);
     }
+    for (int i = 0; !complete && i < OUTCOME_SIZE; i++)
+        Py_CLEAR(ret_items[i]);
     if (complete)
         oneshot_drop_output(&self->one_shot);
-    else
-        Py_CLEAR(outcome);
+    return complete;
+}
+
+/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
+ * it is to be taken over. The output is given away: there is none when it is asked for again. */
+static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
+{
+    PyObject *items[OUTCOME_SIZE];
+    if (!has_outcome(self))
+        Py_RETURN_NONE;
+    PyObject *outcome = PyTuple_New(OUTCOME_SIZE);
+    if (!outcome || !take_outcome(self, items)) {
+        Py_XDECREF(outcome);
+        return NULL;
+    }
+    for (int i = 0; i < OUTCOME_SIZE; i++)
+        PyTuple_SET_ITEM(outcome, i, items[i]);
     return outcome;
 }
 
 const char *const completed_names[COMPLETED_NAMES] = {
-    [COMPLETED_ARGS] = "args",         [COMPLETED_RETURNCODE] = "returncode", [COMPLETED_STDOUT] = "stdout",
-    [COMPLETED_STDERR] = "stderr",     [COMPLETED_PID] = "pid",               [COMPLETED_DURATION] = "duration",
-    [COMPLETED_TRUNCATED] = "truncated", [COMPLETED_USAGE] = "_usage",
+    [COMPLETED_ARGS] = "args",     [COMPLETED_RETURNCODE] = "returncode", [COMPLETED_STDOUT] = "stdout",
+    [COMPLETED_STDERR] = "stderr", [COMPLETED_PID] = "pid",               [COMPLETED_DURATION] = "duration",
+    [COMPLETED_USAGE] = "_usage",
 };
 
 /* completed(type, args) -> an instance of a CompletedProcess with the outcome(), or None: there is none. */
 static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
 {
+    PyObject *items[OUTCOME_SIZE];
     if (count != 2 || !PyType_Check(args[0]))
         return PyErr_Format(PyExc_TypeError, "completed() takes a type and arguments");
-    PyObject *outcome = Launch_outcome(self, NULL);
-    if (!outcome || outcome == Py_None)
-        return outcome;
+    if (!has_outcome(self))
+        Py_RETURN_NONE;
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
     PyTypeObject *type = (PyTypeObject *)args[0];
     PyObject *completed = type->tp_new(type, state->nothing, NULL);
     PyObject *duration = PyFloat_FromDouble(seconds() - self->begun);
+    if (!completed || !duration || !take_outcome(self, items)) {
+        Py_XDECREF(completed);
+        Py_XDECREF(duration);
+        return NULL;
+    }
     PyObject *values[COMPLETED_NAMES] = {
         [COMPLETED_ARGS] = args[1],
-        [COMPLETED_RETURNCODE] = PyTuple_GET_ITEM(outcome, 0),
-        [COMPLETED_STDOUT] = PyTuple_GET_ITEM(outcome, 2),
-        [COMPLETED_STDERR] = PyTuple_GET_ITEM(outcome, 3),
-        [COMPLETED_PID] = PyTuple_GET_ITEM(outcome, 1),
+        [COMPLETED_RETURNCODE] = items[0],
+        [COMPLETED_STDOUT] = items[2],
+        [COMPLETED_STDERR] = items[3],
+        [COMPLETED_PID] = items[1],
         [COMPLETED_DURATION] = duration,
-        [COMPLETED_TRUNCATED] = Py_False,
-        [COMPLETED_USAGE] = PyTuple_GET_ITEM(outcome, 4),
+        [COMPLETED_USAGE] = items[4],
     };
     for (int i = 0; completed && i < COMPLETED_NAMES; i++)
-        if (!duration || PyObject_SetAttr(completed, state->names[i], values[i]) < 0)
+        if (PyObject_SetAttr(completed, state->names[i], values[i]) < 0)
             Py_CLEAR(completed);
-    Py_XDECREF(duration);
-    Py_DECREF(outcome);
+    for (int i = 0; i < OUTCOME_SIZE; i++)
+        Py_DECREF(items[i]);
+    Py_DECREF(duration);
     return completed;
 }
 
@@ -501,13 +581,18 @@ static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused
     return events;
 }
 
-/* set_limit(bytes): of a launch that pauses at it; -1 for none. */
-static PyObject *Launch_set_limit(LaunchObject *self, PyObject *argument)
+/* set_limit(1 or 2, bytes): of a launch that pauses at it; -1 for none. */
+static PyObject *Launch_set_limit(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    Py_ssize_t limit = PyLong_AsSsize_t(argument);
-    if (limit == -1 && PyErr_Occurred())
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "set_limit() takes 2 arguments (%zd given)", count);
+    int fd = parse_output(args[0]);
+    Py_ssize_t limit = fd < 0 ? -1 : PyLong_AsSsize_t(args[1]);
+    if (PyErr_Occurred())
         return NULL;
-    oneshot_set_limit(&self->one_shot, self->launch, limit < 0 ? PY_SSIZE_T_MAX : limit);
+    int result = oneshot_set_limit(&self->one_shot, self->launch, fd, limit < 0 ? PY_SSIZE_T_MAX : limit);
+    if (result < 0)
+        return core_raise_errno(result);
     Py_RETURN_NONE;
 }
 
@@ -555,7 +640,7 @@ static PyObject *Launch_stream(LaunchObject *self, PyObject *Py_UNUSED(unused))
     self->streamed = true;
     self->awaited = false;
     oneshot_end(shot, self->launch);
-    PyObject *woken = wake_waiters(self, ONESHOT_FINISHED, false);
+    PyObject *woken = wake_waiters(self, false);
     if (!woken)
         PyErr_WriteUnraisable((PyObject *)self); /* the loop is closed: what there is to be told is not lost */
     Py_XDECREF(woken);
@@ -573,6 +658,7 @@ static PyMethodDef Launch_methods[] = {
     {"kept", (PyCFunction)Launch_kept, METH_NOARGS, NULL},
     {"feed", (PyCFunction)Launch_feed, METH_O, NULL},
     {"output", (PyCFunction)Launch_output, METH_O, NULL},
+    {"take_output", (PyCFunction)Launch_take_output, METH_O, NULL},
     {"exceeded", (PyCFunction)Launch_exceeded, METH_NOARGS, NULL},
     {"write", (PyCFunction)Launch_write, METH_O, NULL},
     {"watch", (PyCFunction)Launch_watch, METH_VARARGS, NULL},
@@ -580,11 +666,13 @@ static PyMethodDef Launch_methods[] = {
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
     {"waiter", (PyCFunction)(void (*)(void))Launch_waiter, METH_FASTCALL, NULL},
+    {"exit_waiter", (PyCFunction)Launch_exit_waiter, METH_O, NULL},
+    {"end_waiter", (PyCFunction)Launch_end_waiter, METH_O, NULL},
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
     {"completed", (PyCFunction)(void (*)(void))Launch_completed, METH_FASTCALL, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
-    {"set_limit", (PyCFunction)Launch_set_limit, METH_O, NULL},
+    {"set_limit", (PyCFunction)(void (*)(void))Launch_set_limit, METH_FASTCALL, NULL},
     {"stream", (PyCFunction)Launch_stream, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -598,6 +686,7 @@ static PyGetSetDef Launch_getset[] = {
     {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
     {"arguments", (getter)Launch_get_arguments, NULL, NULL, NULL},
     {"begun", (getter)Launch_get_begun, NULL, NULL, NULL},
+    {"returncode", (getter)Launch_get_returncode, NULL, NULL, NULL},
     {"stage", (getter)Launch_get_stage, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

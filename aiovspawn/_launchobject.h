@@ -16,7 +16,6 @@ enum {
     COMPLETED_STDERR,
     COMPLETED_PID,
     COMPLETED_DURATION,
-    COMPLETED_TRUNCATED,
     COMPLETED_USAGE,
     COMPLETED_NAMES,
 };
@@ -28,9 +27,9 @@ typedef struct {
     PyTypeObject *hub_type;
     PyTypeObject *launch_type;
     PyTypeObject *waiter_type;
-    PyObject *extend; /* the name of deque's method */
-    PyObject *nothing;       /* () */
-    PyObject *default_steps; /* of a launch without keywords */
+    PyObject *extend;  /* the name of deque's method */
+    PyObject *core, *transports, *sweeping, *await_verdict; /* and those of what a LoopHub has */
+    PyObject *nothing; /* () */
     PyObject *names[COMPLETED_NAMES];
 } core_state;
 
@@ -42,7 +41,7 @@ typedef struct {
     bool contended;
     enum spawn_rung rung;
     struct one_shot one_shot; /* used where the launch is in one shot */
-    PyObject *waiters;        /* list of Waiter, or NULL */
+    PyObject *waiters;        /* the first Waiter of the list, or NULL */
     PyObject *arguments;      /* list, of one that launch_plain() made; else NULL */
     double begun;             /* seconds, CLOCK_MONOTONIC */
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */

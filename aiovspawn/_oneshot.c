@@ -132,9 +132,9 @@ static void populate(struct capture *capture)
 }
 
 /* Whether it is to stop at its limit, before which nothing is spent on great speed. */
-static bool is_small(const struct one_shot *shot)
+static bool is_small(const struct one_shot *shot, const struct capture *capture)
 {
-    return shot->pauses && shot->limit < PY_SSIZE_T_MAX;
+    return shot->pauses && capture->limit < PY_SSIZE_T_MAX;
 }
 
 /* A short output is copied to where it fits exactly. A long one is read to where it stays,
@@ -142,7 +142,7 @@ static bool is_small(const struct one_shot *shot)
 static ssize_t read_once(struct one_shot *shot, struct launch *launch, enum launch_slot slot, char *scratch)
 {
     struct capture *capture = &shot->captures[slot - LAUNCH_STDOUT];
-    bool stays = capture->size >= SCRATCH_SIZE && !capture->exceeded && !is_small(shot);
+    bool stays = capture->size >= SCRATCH_SIZE && !capture->exceeded && !is_small(shot, capture);
     if (stays && room(capture) < SCRATCH_SIZE) {
         Py_ssize_t more = capture->size > GROWTH ? capture->size : GROWTH;
         stays = capture->size <= PY_SSIZE_T_MAX - more && resize(capture, capture->size + more);
@@ -179,23 +179,27 @@ static void read_output(struct one_shot *shot, struct launch *launch, enum launc
         total += got > 0 ? got : 0;
         if (got >= SCRATCH_SIZE) {
             launch_note_bulk(launch);
-            if (!is_small(shot))
+            if (!is_small(shot, capture))
                 launch_grow_pipe(launch, slot);
         }
-        capture->paused = shot->pauses && capture->size > shot->limit;
-        if (!shot->pauses && capture->size > shot->limit) {
-            capture->size = shot->limit;
+        capture->paused = shot->pauses && capture->size > capture->limit;
+        if (!shot->pauses && capture->size > capture->limit) {
+            capture->size = capture->limit;
             capture->exceeded = true;
         }
     } while ((got > 0 && writers_gone && total < most && !capture->paused) || got == -EINTR);
     if (got == 0 || (got < 0 && got != -EAGAIN))
         close_output(capture, launch, slot);
+    else if (capture->paused)
+        launch_pause(launch, slot);
 }
 
 static void watch_output(struct capture *capture, struct launch *launch, enum launch_slot slot)
 {
-    if (launch_watch(launch, slot, true) < 0)
+    if (launch_watch(launch, slot, true) < 0) {
+        fail(capture); /* its rest is lost, and that is to be known */
         close_output(capture, launch, slot);
+    }
 }
 
 /* Output is there, or its end, or both: told once. */
@@ -240,26 +244,42 @@ PyObject *oneshot_output(struct one_shot *shot, int fd)
     return capture->bytes ? Py_NewRef(capture->bytes) : PyBytes_FromStringAndSize(NULL, 0);
 }
 
+static void drop(struct capture *capture)
+{
+    Py_CLEAR(capture->bytes);
+    capture->size = capture->populated = 0;
+}
+
 /* Whoever was to have it has it. */
 void oneshot_drop_output(struct one_shot *shot)
 {
-    for (int i = 0; i < 2; i++) {
-        Py_CLEAR(shot->captures[i].bytes);
-        shot->captures[i].size = shot->captures[i].populated = 0;
-    }
+    drop(&shot->captures[0]);
+    drop(&shot->captures[1]);
+}
+
+/* Gives all of an output that has come to its end away; None: it has not, or could not be kept. */
+PyObject *oneshot_take_output(struct one_shot *shot, int fd)
+{
+    struct capture *capture = &shot->captures[fd - 1];
+    if (capture->open || capture->failed)
+        Py_RETURN_NONE;
+    PyObject *output = oneshot_output(shot, fd);
+    drop(capture);
+    return output;
 }
 
 /* Of one that pauses: a pipe goes on being read that had more than the limit was. */
-void oneshot_set_limit(struct one_shot *shot, struct launch *launch, Py_ssize_t limit)
+int oneshot_set_limit(struct one_shot *shot, struct launch *launch, int fd, Py_ssize_t limit)
 {
-    shot->limit = limit;
-    for (int i = 0; i < 2; i++) {
-        struct capture *capture = &shot->captures[i];
-        if (!capture->open || !capture->paused || capture->size > limit)
-            continue;
-        capture->paused = false;
-        watch_output(capture, launch, (enum launch_slot)(LAUNCH_STDOUT + i));
-    }
+    struct capture *capture = &shot->captures[fd - 1];
+    int result = 0;
+    if (capture->open && capture->paused && capture->size <= limit)
+        result = launch_watch(launch, fd == 1 ? LAUNCH_STDOUT : LAUNCH_STDERR, true);
+    if (result < 0)
+        return result;
+    capture->limit = limit;
+    capture->paused = capture->paused && capture->size > limit;
+    return 0;
 }
 
 /* Somebody else reads from now on, and is told all. */
@@ -298,17 +318,27 @@ static bool tell_finished(struct one_shot *shot, struct hub_event *event)
     return true;
 }
 
+/* Tells of the end of one output, while the process runs or another is open. */
+static bool tell_ended(const struct one_shot *shot, struct hub_event *event, int slot)
+{
+    if (!shot->tells_ends || shot->captures[slot - LAUNCH_STDOUT].open)
+        return false;
+    event->kind = (enum hub_event_kind)(slot == LAUNCH_STDOUT ? ONESHOT_STDOUT_ENDED : ONESHOT_STDERR_ENDED);
+    return true;
+}
+
 /* Does what an event of the hub asks for, and makes of it what is to be told: false for
  * nothing. What came with the exit is read before that is told. */
 int oneshot_settle(struct one_shot *shot, struct hub_event *event, char *scratch)
 {
+    int slot = event->value;
     switch (event->kind) {
     case HUB_STDIN:
         settle_input(shot, event);
         return false;
     case HUB_READY:
         settle_output(shot, event, scratch);
-        return tell_finished(shot, event) || tell_exceeded(shot, event);
+        return tell_finished(shot, event) || tell_exceeded(shot, event) || tell_ended(shot, event, slot);
     case HUB_EXITED:
         shot->exited = true;
         shot->returncode = event->value;

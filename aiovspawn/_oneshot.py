@@ -19,7 +19,7 @@ from . import _core
 from ._attempts import Attempts
 from ._hub import EXCEEDED, EXITED, FAILED, FINISHED, LoopHub
 from ._limits import DEFAULT, KILL_TIMEOUT, KILLED_DRAIN_TIMEOUT, Limits, warn_of_survivor
-from ._request import TERMINAL, Request, launch_error, request_of, request_of_plain
+from ._request import TERMINAL, Plain, Request, launch_error, request_of
 
 GROUP_INTERVAL = 0.01
 """Seconds between looks at a process group whose leader has exited before its grace was over."""
@@ -59,7 +59,7 @@ class OneShot(Attempts):
         self,
         hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
-        request: Request,
+        request: Request | Plain,
         input: Any,
         limits: Limits,
         launch: _core.Launch | None = None,
@@ -320,9 +320,7 @@ def take_over(
     args: Any,
     stdout: Any,
     stderr: Any,
+    steps: Any,
 ) -> OneShot:
-    """Look after what was launched without a OneShot; args, stdout and stderr: of one without a Request."""
-    if request is None:
-        assert launch.arguments is not None
-        request = request_of_plain(args, launch.arguments, stdout, stderr)
-    return OneShot(hub, loop, request, None, DEFAULT, launch)
+    """Look after what was launched without a OneShot; args to steps: of one without a Request."""
+    return OneShot(hub, loop, request or (args, stdout, stderr, steps), None, DEFAULT, launch)

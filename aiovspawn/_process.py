@@ -181,8 +181,9 @@ class Process(asyncio.subprocess.Process):
         """Wait for the exit and return the returncode; see subprocess.Popen.returncode."""
         deferred = self._deferred
         if deferred is not None:
-            await deferred.exit_waiter()
-            returncode = deferred.returncode()
+            launch = deferred.launch
+            await launch.exit_waiter(self._loop)
+            returncode = launch.returncode
             if returncode is not None:
                 return returncode
         return await super().wait()
@@ -245,12 +246,16 @@ async def create_subprocess_exec(
     process behind.
     """
     loop = asyncio.get_running_loop()
-    factory = StreamsFactory(limit, loop)
-    if not kwds and ladder.way == "core":
-        deferred = ladder.launch_deferred(loop, factory, (program, *args), False, (stdin, stdout, stderr))
+    if ladder.way == "core":
+        stdio = stdin, stdout, stderr
+        deferred = ladder.launch_deferred(None, loop, limit, (program, *args), False, stdio, kwds)
         if deferred is not None:
-            return _process_of(await deferred.started(), loop)
+            started = await deferred.started()
+            if started is deferred:
+                return Process._without_streams(deferred, loop)
+            return _process_of(started, loop)
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
+    factory = StreamsFactory(limit, loop)
     started = await subprocess_exec(
         loop, loop.subprocess_exec, factory, (program, *args), kwds, ladder.start_deferred
     )
@@ -271,11 +276,14 @@ async def create_subprocess_shell(
     of create_subprocess_exec().
     """
     loop = asyncio.get_running_loop()
-    factory = StreamsFactory(limit, loop)
-    if not kwds and ladder.way == "core" and isinstance(cmd, (str, bytes)):
-        deferred = ladder.launch_deferred(loop, factory, cmd, True, (stdin, stdout, stderr))
+    if ladder.way == "core" and isinstance(cmd, (str, bytes)):
+        deferred = ladder.launch_deferred(None, loop, limit, cmd, True, (stdin, stdout, stderr), kwds)
         if deferred is not None:
-            return _process_of(await deferred.started(), loop)
+            started = await deferred.started()
+            if started is deferred:
+                return Process._without_streams(deferred, loop)
+            return _process_of(started, loop)
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
+    factory = StreamsFactory(limit, loop)
     started = await subprocess_shell(loop, loop.subprocess_shell, factory, cmd, kwds, ladder.start_deferred)
     return _process_of(started, loop)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import inspect
 import io
 import locale
 import resource
 import subprocess
 import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from subprocess import PIPE
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from ._launch import ladder
 from ._limits import DEFAULT, Limits, check_grace, check_seconds, lead_group
 from ._process import unpack_usage
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class OutputLimitExceeded(subprocess.SubprocessError):
@@ -58,7 +64,7 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
 
     pid: int
     duration: float
-    truncated: bool
+    truncated: bool = False
     _usage: bytes | None = None
 
     @property
@@ -67,7 +73,24 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
         return unpack_usage(self._usage)
 
 
-async def run_process(
+@dataclass(slots=True)
+class Plan:
+    """What the keywords of a run_process() mean."""
+
+    stdio: tuple[Any, Any, Any] = (None, None, None)
+    codec: tuple[str, str] | None = None
+    input: Any = None
+    """memoryview or bytes, None for none."""
+    timeout: float | None = None
+    check: bool = False
+    output_limit: int | None = None
+    limits: Limits = DEFAULT
+    shell: bool = False
+    has_default_end: bool = True
+    """Whether nobody has to look after the process, unless the waiting ends before it does."""
+
+
+def plan(
     args: Any,
     *,
     input: Any = None,
@@ -89,7 +112,58 @@ async def run_process(
     kill_group: bool = False,
     drain_timeout: float | None = None,
     **kwds: Any,
-) -> CompletedProcess:
+) -> Plan:
+    """Check what is run_process()'s own of its keywords; these are its parameters, kwds too."""
+    if input is not None:
+        if stdin is not None:
+            raise ValueError("stdin and input arguments may not both be used.")
+        stdin = PIPE
+    if capture_output:
+        if stdout is not None or stderr is not None:
+            raise ValueError("stdout and stderr arguments may not be used with capture_output.")
+        stdout = stderr = PIPE
+    if not isinstance(bufsize, int):
+        raise TypeError("bufsize must be an integer")
+    codec = None
+    if text or encoding or errors or universal_newlines is not None:
+        codec = _text_mode(text, encoding, errors, universal_newlines)
+    if input is not None:
+        input = memoryview(input) if codec is None else input.encode(*codec)
+    if timeout is not None:
+        check_seconds("timeout", timeout)
+    limits = DEFAULT
+    if output_limit is not None or terminate_grace or kill_group or drain_timeout is not None:
+        limits = _limits(output_limit, on_output_limit, terminate_grace, kill_group, drain_timeout)
+    has_default_end = limits is DEFAULT and timeout is None and stdin is None
+    stdio = stdin, stdout, stderr
+    return Plan(stdio, codec, input, timeout, check, output_limit, limits, shell, has_default_end)
+
+
+PLAIN = Plan()
+"""That of a call without keywords of run_process() itself, or with CAPTURE."""
+CAPTURE = {"capture_output": True}
+OWN = frozenset(inspect.signature(plan).parameters) - {"args", "kwds"}
+
+
+def _with_parameters_of(
+    model: Callable[P, object],
+) -> Callable[[Callable[..., Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Give a coroutine function that takes any keywords the signature of the one it hands them to.
+
+    Keyword by keyword a call with few of them costs a launch as much as its pipes do.
+    """
+
+    def decorate(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        signature = inspect.signature(model)
+        returns = function.__annotations__["return"]
+        function.__signature__ = signature.replace(return_annotation=returns)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_with_parameters_of(plan)
+async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
     """Run a program on the running loop and return what came of it; as subprocess.run().
 
     args: a sequence of str, bytes or path-like, or one of them; with shell, the
@@ -117,96 +191,155 @@ async def run_process(
     TimeoutExpired; and OutputLimitExceeded. When it raises or is cancelled the process
     has been ended and reaped.
     """
-    if input is not None:
-        if stdin is not None:
-            raise ValueError("stdin and input arguments may not both be used.")
-        stdin = PIPE
-    if capture_output:
-        if stdout is not None or stderr is not None:
-            raise ValueError("stdout and stderr arguments may not be used with capture_output.")
-        stdout = stderr = PIPE
-    if not isinstance(bufsize, int):
-        raise TypeError("bufsize must be an integer")
-    codec = None
-    if text or encoding or errors or universal_newlines is not None:
-        codec = _text_mode(text, encoding, errors, universal_newlines)
-    if input is not None:
-        input = memoryview(input) if codec is None else input.encode(*codec)
-    if timeout is not None:
-        check_seconds("timeout", timeout)
-    limits = DEFAULT
-    if output_limit is not None or terminate_grace or kill_group or drain_timeout is not None:
-        limits = _limits(output_limit, on_output_limit, terminate_grace, kill_group, drain_timeout)
-        if kill_group:
-            lead_group(kwds)
     loop = asyncio.get_running_loop()
-    is_plain = not kwds and ladder.way == "core"
-    hub = ladder.hub_of(loop) if is_plain else ladder.hub_for(loop, kwds)
+    hub: Any = None
     launch: Any = None
-    ended: Any = None
-    completed: CompletedProcess | None = None
-    if hub is None:
-        from ._delegated import run_delegated
+    begun: Begun | None = None
+    output = steps = None
+    if not keywords:
+        steps = ladder.default_steps
+    elif keywords == CAPTURE:
+        output, steps = PIPE, ladder.default_steps
+    elif ladder.way == "core" and OWN.isdisjoint(keywords):
+        steps = ladder.plain_steps(keywords)
+    if steps and ladder.way == "core":
+        hub = ladder.core.latest_hub(ladder.latest.pair, loop)
+        if hub is not None:
+            try:
+                launch = ladder.core.launch_plain(hub, args, output, output, steps, -1, False)
+            except OSError as exc:
+                raise ladder.plain_failure(args, output, output, steps, exc) from None
+    if launch is None:
+        begun = _begin(loop, args, keywords, hub is not None)
+        if begun.hub is None:
+            return await _delegate(args, begun.to_do, begun.stdio, keywords)
+        launch = begun.launch
+    try:
+        if launch is not None:
+            await launch.end_waiter(loop)
+            completed: CompletedProcess | None = launch.completed(CompletedProcess, args)
+            if completed is not None:
+                return completed if begun is None else _checked(completed, begun.to_do)
+        begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
+        ended = begun.taken_over(loop, args)
+        if begun.to_do.timeout is not None:
+            ended.expire_after(begun.to_do.timeout)
+        await ended
+    except GeneratorExit:
+        # Closed, not cancelled: there may be no loop to wait on.
+        begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
+        begun.taken_over(loop, args).forget()
+        raise
+    except BaseException:
+        begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
+        await begun.taken_over(loop, args).undo()
+        raise
+    return _completed(args, begun.to_do, ended, begun.begin if launch is None else launch.begun)
 
-        begin = time.monotonic()
-        stdio = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        ended = await run_delegated(args, shell, input, limits, timeout, stdio | kwds)
+
+@dataclass(slots=True)
+class Begun:
+    """What run_process() has begun: a launch that it awaits itself as long as all is well, or a OneShot."""
+
+    hub: Any
+    """None: it is to be delegated."""
+    to_do: Plan
+    stdio: tuple[Any, Any, Any]
+    launch: Any = None
+    steps: Any = None
+    request: Any = None
+    """None: it is of these stdio and steps, and no more."""
+    ended: Any = None
+    begin: float = 0.0
+
+    def taken_over(self, loop: asyncio.AbstractEventLoop, args: Any) -> Any:
+        """The OneShot, which the launch gets now if it has none."""
+        if self.ended is None:
+            _, stdout, stderr = self.stdio
+            self.ended = ladder.one_shot.take_over(
+                self.hub, loop, self.request, self.launch, args, stdout, stderr, self.steps
+            )
+        return self.ended
+
+
+def _begin(loop: asyncio.AbstractEventLoop, args: Any, keywords: dict[str, Any], is_not_plain: bool) -> Begun:
+    """Launch, by whatever way; uses up the keywords, but for those that are to be delegated.
+
+    is_not_plain: launch_plain() has been asked, and has not launched.
+    """
+    to_do = PLAIN
+    stdin = stdout = stderr = None
+    if keywords == CAPTURE:
+        stdout = stderr = PIPE
+        keywords.clear()
+    elif not OWN.isdisjoint(keywords):
+        to_do = plan(args, **{name: keywords.pop(name) for name in OWN.intersection(keywords)})
+        stdin, stdout, stderr = to_do.stdio
+        if to_do.limits.kill_group:
+            lead_group(keywords)
+    stdio = stdin, stdout, stderr
+    steps = None
+    if ladder.way == "core" and not is_not_plain and to_do.has_default_end and not to_do.shell:
+        steps = ladder.plain_steps(keywords)
+    hub = ladder.hub_of(loop) if steps else None
+    if hub is None:
+        hub = ladder.hub_for(loop, keywords)
+    begun = Begun(hub, to_do, stdio)
+    if hub is None:
+        return begun
+    # What is launched has to find its place there: an exception in between would leave it to nobody.
+    if steps:
+        begun.steps = steps
+        begun.launch = ladder.launch_plain(hub, args, stdout, stderr, steps, -1, False)
+        if begun.launch is not None:
+            return begun
+    one_shot = ladder.one_shot
+    begun.begin = time.monotonic()
+    begun.request = one_shot.request_one_shot(args, ladder.way == "popen", to_do.shell, stdio, keywords)
+    if to_do.has_default_end and begun.request.popen is None:
+        begun.launch = ladder.launch_awaited(hub, begun.request, -1, False)
     else:
-        one_shot, request = ladder.one_shot, None
-        if limits is DEFAULT and timeout is None and stdin is None:
-            if is_plain and not shell:
-                launch = ladder.launch_plain(hub, args, stdout, stderr, DEFAULT.output, False)
-            if launch is None:
-                request = one_shot.request_one_shot(
-                    args, ladder.way == "popen", shell, (None, stdout, stderr), kwds
-                )
-                if request.popen is None:
-                    launch = ladder.launch_awaited(hub, request, DEFAULT.output, False)
-        if launch is None:
-            begin = time.monotonic()
-            if request is None:
-                request = one_shot.request_one_shot(
-                    args, ladder.way == "popen", shell, (stdin, stdout, stderr), kwds
-                )
-            ended = one_shot.OneShot(hub, loop, request, input, limits)
-        input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
-        try:
-            if launch is not None:
-                await launch.waiter(loop, one_shot.FINISHED)
-                completed = launch.completed(CompletedProcess, args)
-            if completed is None:
-                ended = ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)
-                if timeout is not None:
-                    ended.expire_after(timeout)
-                await ended
-        except GeneratorExit:
-            # Closed, not cancelled: there may be no loop to wait on.
-            (ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)).forget()
-            raise
-        except BaseException:
-            await (ended or one_shot.take_over(hub, loop, request, launch, args, stdout, stderr)).undo()
-            raise
-    truncated = False
-    if completed is None:
-        returncode, pid, out, err, usage = ended.outcome()
-        if ended.expired:
-            assert timeout is not None
-            raise subprocess.TimeoutExpired(args, timeout, output=out or None, stderr=err or None)
-        truncated = output_limit is not None and ended.exceeded
-        if truncated and limits.kill_at_limit:
-            assert output_limit is not None
-            raise OutputLimitExceeded(args, output_limit, out, err, returncode)
-        completed = CompletedProcess(args, returncode, out, err)
-        completed.pid = pid
-        completed.duration = time.monotonic() - (begin if launch is None else launch.begun)
-        completed.truncated = truncated
-        completed._usage = usage
-    if codec is not None:
-        completed.stdout = _decode(completed.stdout, *codec, truncated)
-        completed.stderr = _decode(completed.stderr, *codec, truncated)
-    if check and completed.returncode:
+        begun.ended = one_shot.OneShot(hub, loop, begun.request, to_do.input, to_do.limits)
+        to_do.input = None  # who keeps an exception keeps this frame too, and its hold on the buffer
+    return begun
+
+
+async def _delegate(
+    args: Any, to_do: Plan, stdio: tuple[Any, Any, Any], keywords: dict[str, Any]
+) -> CompletedProcess:
+    from ._delegated import run_delegated
+
+    begin = time.monotonic()
+    keywords["stdin"], keywords["stdout"], keywords["stderr"] = stdio
+    ended = await run_delegated(args, to_do.shell, to_do.input, to_do.limits, to_do.timeout, keywords)
+    return _completed(args, to_do, ended, begin)
+
+
+def _completed(args: Any, to_do: Plan, ended: Any, begin: float) -> CompletedProcess:
+    """What has come of a OneShot, or of a delegated process."""
+    returncode, pid, out, err, usage = ended.outcome()
+    if ended.expired:
+        assert to_do.timeout is not None
+        raise subprocess.TimeoutExpired(args, to_do.timeout, output=out or None, stderr=err or None)
+    completed = CompletedProcess(args, returncode, out, err)
+    completed.pid = pid
+    completed.duration = time.monotonic() - begin
+    completed._usage = usage
+    if to_do.output_limit is not None and ended.exceeded:
+        completed.truncated = True
+        if to_do.limits.kill_at_limit:
+            raise OutputLimitExceeded(args, to_do.output_limit, out, err, returncode)
+    return _checked(completed, to_do)
+
+
+def _checked(completed: CompletedProcess, to_do: Plan) -> CompletedProcess:
+    """Decode the output, and raise if that is asked for."""
+    if to_do.codec is not None:
+        completed.stdout = _decode(completed.stdout, *to_do.codec, completed.truncated)
+        completed.stderr = _decode(completed.stderr, *to_do.codec, completed.truncated)
+    if to_do.check and completed.returncode:
         raise subprocess.CalledProcessError(
-            completed.returncode, args, output=completed.stdout, stderr=completed.stderr
+            completed.returncode, completed.args, output=completed.stdout, stderr=completed.stderr
         )
     return completed
 
@@ -223,7 +356,7 @@ def _text_mode(
     if not (text or encoding or errors or universal_newlines):
         return None
     if encoding is None:
-        encoding = io.text_encoding(None, 3)  # "locale", unless that is utf-8 anyway
+        encoding = io.text_encoding(None, 5)  # "locale", unless that is utf-8 anyway
         encoding = locale.getencoding() if encoding == "locale" else encoding
     codecs.lookup(encoding)
     return encoding, errors or "strict"

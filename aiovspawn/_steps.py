@@ -32,6 +32,9 @@ class CheckedOptions(NamedTuple):
 
 NO_OPTIONS = CheckedOptions()
 
+DEFAULT_STEPS: tuple[Step, ...] = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)
+"""Of a launch without keywords."""
+
 DEFAULT_SIZE = 24, 80
 """Rows and columns of a terminal."""
 NAMESPACES = 0x7E020080
@@ -470,34 +473,54 @@ def _keeps_capabilities(steps: Steps) -> bool:
 
 
 class _Remembered(NamedTuple):
+    names: tuple[str, ...]
     values: tuple[Any, ...]
     """The very objects that were given."""
-    copies: dict[str, Any]
-    """What they were like: some may have been changed since."""
+    mutable: tuple[Any, ...]
+    copies: tuple[Any, ...]
+    """What the mutable ones were like: they may have been changed since."""
     changes_user: bool
     checked: CheckedOptions
+    alone: tuple[Step, ...] | None
+    """All steps of a launch without other keywords; None where the options ask for more than steps."""
 
 
 _remembered_whole: _Remembered | None = None
 _ids_before: tuple[int, ...] = ()
 """Identities of the values given last: what comes once is not worth remembering."""
 
+MORE_THAN_STEPS = ("pty", "controlling_terminal", "cgroup")
+"""A session, streams, or something to be kept for kill_tree()."""
+
 DEPENDENT_LIMITS = RAISING_LIMITS | {resource.RLIMIT_NPROC}
 """For these it matters what the parent's own are."""
+
+
+def _are_remembered(options: dict[str, Any], known: _Remembered) -> bool:
+    return (
+        len(options) == len(known.names)
+        and all(map(is_, options, known.names))
+        and all(map(is_, options.values(), known.values))
+        and known.mutable == known.copies
+    )
 
 
 def remembered_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions | None:
     """The steps of these options, if they are the same objects as before, and unchanged."""
     known = _remembered_whole
-    if (
-        known is not None
-        and known.changes_user is changes_user
-        and len(options) == len(known.values)
-        and all(map(is_, options.values(), known.values))
-        and options == known.copies
-    ):
-        return known.checked
-    return None
+    if known is None or known.changes_user is not changes_user or not _are_remembered(options, known):
+        return None
+    return known.checked
+
+
+def plain_steps(options: dict[str, Any]) -> tuple[Step, ...] | None:
+    """All steps of a launch with these options, or none, and no other keywords; None: to be found out."""
+    if not options:
+        return DEFAULT_STEPS
+    known = _remembered_whole
+    if known is None or known.alone is None or not _are_remembered(options, known):
+        return None
+    return known.alone
 
 
 def remember_steps(options: dict[str, Any], changes_user: bool, checked: CheckedOptions) -> None:
@@ -508,5 +531,12 @@ def remember_steps(options: dict[str, Any], changes_user: bool, checked: Checked
     if known == ids and all(map(_is_comparable, options.values())):
         limits = options.get("rlimits")
         if not limits or DEPENDENT_LIMITS.isdisjoint(map(int, limits)):
-            copies = {name: copy.copy(value) for name, value in options.items()}
-            _remembered_whole = _Remembered(tuple(options.values()), copies, changes_user, checked)
+            mutable = tuple(value for value in options.values() if type(value) in (dict, list, set))
+            copies = tuple(map(copy.copy, mutable))
+            alone = None
+            more = [options.get(name) for name in MORE_THAN_STEPS]
+            if not changes_user and all(value is None or value is False for value in more):
+                alone = (*checked.first, *DEFAULT_STEPS, *checked.before_ids, *checked.last)
+            _remembered_whole = _Remembered(
+                tuple(options), tuple(options.values()), mutable, copies, changes_user, checked, alone
+            )

@@ -30,12 +30,13 @@ from subprocess import PIPE
 from typing import Any, TypeVar
 
 from . import _core, _popen
-from ._attempts import Attempts
+from ._attempts import Attempts, launch_plain
 from ._hub import EXECED, EXITED, FAILED, LoopHub
 from ._limits import KILL_TIMEOUT, warn_of_survivor
 from ._log import logger
 from ._pipes import ReadPipe, WritePipe
-from ._request import TERMINAL, Request, launch_error, request_of
+from ._request import TERMINAL, Plain, Request, launch_error, request_of
+from ._steps import plain_steps
 
 P = TypeVar("P", bound=asyncio.SubprocessProtocol)
 
@@ -54,18 +55,21 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     """A child process of a loop; see asyncio.SubprocessTransport."""
 
     _extra: dict[str, Any]
+    _opened_late = False
+    """It was a DeferredTransport."""
 
     def __init__(
         self,
         hub: LoopHub,
         loop: asyncio.AbstractEventLoop,
         protocol: asyncio.SubprocessProtocol,
-        request: Request,
+        request: Request | Plain,
         extra: dict[str, Any] | None = None,
         keeps_pidfd: bool = False,
         launch: _core.Launch | None = None,
+        is_new: bool = False,
     ) -> None:
-        """Launch the request, or take over a launch in one shot."""
+        """Launch the request, or take over a launch: in one shot, or new, by launch_plain()."""
         asyncio.SubprocessTransport.__init__(self, extra)
         Attempts.__init__(self, hub, loop, request, None)
         self.context = contextvars.copy_context()
@@ -85,7 +89,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._attempt()
             self._closed = False
         else:
-            self._take_over(launch)
+            self._take_over(launch, is_new)
 
     def _attempted(self) -> None:
         if self._keeps_pidfd:
@@ -97,19 +101,29 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             self._loop.call_soon(self._execed)
 
     def _make_pipes(self) -> None:
-        launch = self._launch
+        launch, asked = self._launch, self._asked
         self._pipes: dict[int, ReadPipe | WritePipe] = {}
+        if type(asked) is tuple:
+            _, stdout, stderr, _ = asked
+            if stdout is not None:
+                self._pipes[1] = ReadPipe(self, launch, 1)
+            if stderr is not None:
+                self._pipes[2] = ReadPipe(self, launch, 2)
+            return
         for fd, plan in enumerate(self._request.stdio):
             if plan == PIPE or (plan == TERMINAL and fd < 2):
                 self._pipes[fd] = (WritePipe if fd == 0 else ReadPipe)(self, launch, fd)
 
-    def _take_over(self, launch: _core.Launch) -> None:
+    def _take_over(self, launch: _core.Launch, is_new: bool) -> None:
         self._launch = launch
         self._hub.transports[launch.id] = self
+        if self._keeps_pidfd:
+            launch.keep_pidfd(True)
         self._make_pipes()
         self._closed = False
-        for kind, value in launch.stream():
-            self.on_event(kind, value)
+        if not is_new:
+            for kind, value in launch.stream():
+                self.on_event(kind, value)
 
     async def undo(self) -> None:
         """Leave nothing of a launch nobody waits for any more, whoever cancels that."""
@@ -433,7 +447,9 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
                 self.get_extra_info("subprocess").kill()
 
     def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
-        if not self._closed:
+        # One that a finalizer has opened, of what is collected with it, lives on in the hub.
+        lives_on = self._opened_late and self._hub.transports.get(self._launch.id) is self
+        if not self._closed and not (lives_on and not self._loop.is_closed()):
             _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
             self.forget()
 
@@ -466,10 +482,20 @@ def start_subprocess(
     """
     protocol = protocol_factory()
     extra, keeps_pidfd = keywords.pop("extra", None), keywords.pop("_keeps_pidfd", False)
-    stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
-    request = request_of(args, by_popen, shell, stdio, keywords)
     extra = None if extra is None else dict(extra)
-    return until_it_runs(SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd), protocol)
+    stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
+    request: Request | Plain
+    launch = None
+    steps = None if shell or by_popen or stdio[0] is not None else plain_steps(keywords)
+    if steps is not None:
+        _, stdout, stderr = stdio
+        launch = launch_plain(hub, args, stdout, stderr, steps, None, False)
+        request = args, stdout, stderr, steps
+    if launch is None:
+        request = request_of(args, by_popen, shell, stdio, keywords)
+    is_new = launch is not None
+    transport = SubprocessTransport(hub, loop, protocol, request, extra, keeps_pidfd, launch, is_new)
+    return until_it_runs(transport, protocol)
 
 
 async def until_it_runs(transport: SubprocessTransport, protocol: P) -> tuple[SubprocessTransport, P]:

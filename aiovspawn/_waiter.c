@@ -10,6 +10,7 @@ typedef struct {
     PyObject *callback, *context; /* the waiting task's; NULL before it waits and when it is being woken */
     PyObject *message;            /* of the cancellation */
     PyObject *error;              /* what the task is to raise, or NULL */
+    PyObject *next;               /* who waits for the same launch, and came later */
     int stage;                    /* of a launch, that it waits for */
     char blocking;                /* _asyncio_future_blocking */
     bool cancelled, finished;
@@ -29,6 +30,28 @@ PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage)
 int waiter_stage(PyObject *self)
 {
     return ((Waiter *)self)->stage;
+}
+
+/* Where the next one in a launch's list is, or NULL; the list owns it. */
+PyObject **waiter_next(PyObject *self)
+{
+    return &((Waiter *)self)->next;
+}
+
+/* Takes one out of a list; the caller owns it then. */
+PyObject *waiter_take(PyObject **link)
+{
+    PyObject *taken = *link, **next = waiter_next(taken);
+    *link = *next;
+    *next = NULL;
+    return taken;
+}
+
+/* One after the other: who is dropped by the one before him would need ever more stack. */
+void waiter_drop_all(PyObject **link)
+{
+    while (*link)
+        Py_DECREF(waiter_take(link));
 }
 
 /* Whether anybody is to be woken by it, now or when he has come to await it for the first time. */
@@ -58,6 +81,7 @@ static int Waiter_traverse(Waiter *self, visitproc visit, void *arg)
     Py_VISIT(self->context);
     Py_VISIT(self->message);
     Py_VISIT(self->error);
+    Py_VISIT(self->next);
     return 0;
 }
 
@@ -69,6 +93,7 @@ static int Waiter_clear(Waiter *self)
     Py_CLEAR(self->loop);
     Py_CLEAR(self->message);
     Py_CLEAR(self->error);
+    waiter_drop_all(&self->next);
     return 0;
 }
 

@@ -17,6 +17,9 @@ extern PyType_Spec waiter_spec;
 PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage);
 int waiter_stage(PyObject *self);
 bool waiter_is_waiting(PyObject *self);
+PyObject **waiter_next(PyObject *self);
+PyObject *waiter_take(PyObject **link);
+void waiter_drop_all(PyObject **link);
 PyObject *waiter_finish(PyObject *self, bool at_once, PyObject *error);
 
 #endif

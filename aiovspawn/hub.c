@@ -133,7 +133,7 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
  * at whenever the timer fires, and until it can be watched.
  */
 
-static uint64_t now(void)
+uint64_t hub_now(void)
 {
     struct timespec time = {0};
     (void)clock_gettime(CLOCK_MONOTONIC, &time);
@@ -178,7 +178,7 @@ static int begin_quiet_locked(struct launch *launch, unsigned outputs)
         return -EBADF;
     int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
     if (!launch->quiet)
-        launch->quiet_until = quiet_end(hub, now());
+        launch->quiet_until = quiet_end(hub, hub_now());
     if (result == 0 && (hub->quiet == 0 || launch->quiet_until < hub->timer_at))
         result = set_timer(hub, launch->quiet_until);
     if (result == 0)
@@ -214,6 +214,12 @@ int hub_watch_output_locked(struct launch *launch, enum launch_slot slot)
     return result < 0 && !launch->watched[slot] ? begin_quiet_locked(launch, 1U << slot) : result;
 }
 
+/* Who is not watched, but looked at by the timer, is no longer. */
+void hub_pause_output_locked(struct launch *launch, enum launch_slot slot)
+{
+    set_quiet_locked(launch, launch->quiet & ~(1U << slot));
+}
+
 /* For tests and benchmarks, before the first launch. */
 void hub_set_quiet_time(uint64_t nanoseconds)
 {
@@ -234,7 +240,7 @@ void hub_note_bulk_locked(struct hub *hub)
     if (!hub)
         return;
     if (hub->bulk == 0 && hub->quiet > 0) {
-        uint64_t time = now();
+        uint64_t time = hub_now();
         size_t left = hub->quiet;
         for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
             if (launch->hub != hub || !launch->quiet)
@@ -265,8 +271,8 @@ static struct hub_event *add_event(struct hub *hub, struct launch *launch, enum 
 /* A failed launch is not told before its child is reaped. */
 static void drain_status(struct hub *hub, struct launch *launch)
 {
-    if (launch->verdict == LAUNCH_PENDING && launch_read_status_locked(launch) &&
-        launch->verdict == LAUNCH_EXECED && !(launch->one_shot && launch->exited))
+    if (launch->verdict == LAUNCH_PENDING && launch_read_status_locked(launch) && launch->verdict == LAUNCH_EXECED &&
+        launch_tells_exec(launch) && !(launch->one_shot && launch->exited))
         (void)add_event(hub, launch, HUB_EXECED, 0);
 }
 
@@ -354,7 +360,8 @@ static void drain_stdin(struct hub *hub, struct launch *launch, uint32_t events)
     (void)add_event(hub, launch, HUB_STDIN, broken ? EPOLLERR : EPOLLOUT);
 }
 
-/* The time of a quiet launch has come. */
+/* The time of a quiet launch has come. 2 outputs, and 5 events at the most: its exec, and for each
+ * output data and the end. */
 static void drain_quiet(struct hub *hub, struct launch *launch, uint64_t time, int *ret_polled)
 {
     if (!launch->one_shot)
@@ -389,15 +396,16 @@ static void end_all_quiet(struct hub *hub)
 /* Whose time has come but whose turn has not, has it in the next drain. */
 static void drain_timer(struct hub *hub)
 {
-    uint64_t time = now(), next = UINT64_MAX;
+    uint64_t time = hub_now(), next = UINT64_MAX;
     size_t left = hub->quiet;
     bool was_bulk = hub->bulk > 0;
-    int polled = 0;
+    int polled = 0, before = hub->count;
     for (struct launch *launch = launch_first_locked(); launch && left > 0; launch = launch->next) {
         if (launch->hub != hub || !launch->quiet)
             continue;
         left--;
-        if (launch->quiet_until <= time && polled + 2 <= HUB_POLLED)
+        bool has_turn = polled + 2 <= HUB_POLLED && hub->count - before + 5 <= 3 * HUB_POLLED;
+        if (launch->quiet_until <= time && has_turn)
             drain_quiet(hub, launch, time, &polled);
         if (launch->quiet && launch->quiet_until < next)
             next = launch->quiet_until;

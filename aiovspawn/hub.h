@@ -3,7 +3,7 @@
  *
  * Of a launch in one shot (struct launch, one_shot) less is told: that its pipes can be
  * read, which whoever drains does, that it failed, that it has exited; and of its exec
- * only if somebody waits for it (tells_exec) or a sweep finds it.
+ * only if somebody waits for it (tells_exec).
  */
 #ifndef AIOVSPAWN_HUB_H
 #define AIOVSPAWN_HUB_H
@@ -65,12 +65,14 @@ void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);
 
 void hub_set_quiet_time(uint64_t nanoseconds);
+uint64_t hub_now(void);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 int hub_watch_pidfd_locked(struct launch *launch);
 int hub_watch_later_locked(struct launch *launch);
 uint32_t hub_output_events(const struct launch *launch);
 int hub_watch_output_locked(struct launch *launch, enum launch_slot slot);
+void hub_pause_output_locked(struct launch *launch, enum launch_slot slot);
 void hub_end_quiet_locked(struct launch *launch);
 void hub_note_bulk_locked(struct hub *hub);
 void hub_unwatch_locked(struct launch *launch, enum launch_slot slot);

@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -55,9 +56,12 @@ static bool memory_is_shared;
 static int latest_fd; /* of the last child's pidfd: its number tells how many files are open */
 
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
+enum { HIDING_TIME = 2000000 }; /* nanoseconds in which most have exec'd, or are looked at by whoever waits */
 static size_t hiding;
 static uint64_t hidings; /* how many there have been */
 static int visible_before;
+enum { WANTED_TIME = 100000000 }; /* nanoseconds, more than pass between two looks of who waits */
+static _Atomic uint64_t wanted_until;
 
 void launch_lock(void)
 {
@@ -188,6 +192,7 @@ void block_free(struct block *block)
 static void hide_memory_locked(struct launch *launch)
 {
     launch->hides_memory = true;
+    launch->hidden_at = hub_now();
     hidings++;
     if (hiding++ == 0)
         visible_before = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
@@ -204,13 +209,13 @@ static void show_memory_locked(struct launch *launch)
         launch_close_slot_locked(launch, LAUNCH_STATUS); /* see set_verdict_locked() */
 }
 
-/* Whether all writers of the status pipe have gone: the child has its new memory, after which
- * the kernel closes what is close-on-exec, or is dead. Without the pipe only the exit tells: a
- * child that has failed lives on for a moment, with its new ids. execve(2), poll(2). */
-static bool status_has_ended(const struct launch *launch)
+/* Whether all writers of the status pipe have gone, or the child is dead: it has its new memory,
+ * after which the kernel closes what is close-on-exec, or none. A child that has failed lives on
+ * for a moment, with its new ids. execve(2), poll(2), pidfd_open(2). */
+static bool has_other_memory(const struct launch *launch)
 {
-    struct pollfd status = {.fd = launch->ends.status_read};
-    return status.fd >= 0 && poll(&status, 1, 0) == 1 && (status.revents & POLLHUP);
+    struct pollfd fds[2] = {{.fd = launch->ends.status_read}, {.fd = launch->pidfd, .events = POLLIN}};
+    return poll(fds, 2, 0) > 0 && ((fds[0].revents & POLLHUP) || (fds[1].revents & POLLIN));
 }
 
 bool launch_hides_memory_locked(void)
@@ -319,7 +324,8 @@ bool launch_left_memory_locked(struct launch *launch)
     bool there = launch->block && !launch->reaped;
     if (there && __atomic_load_n(&launch->block->child.in_memory, __ATOMIC_ACQUIRE))
         return false;
-    if (launch->reaped || (launch->closed && launch->hides_memory && status_has_ended(launch)))
+    bool tells = launch->exited || launch->closed; /* else somebody is to look later */
+    if (launch->reaped || (tells && launch->hides_memory && has_other_memory(launch)))
         show_memory_locked(launch);
     if (launch->block) {
         const struct spawn_child *child = &launch->block->child;
@@ -341,19 +347,19 @@ static void set_detached_locked(struct launch *launch)
     spawn_close_child_ends(&launch->ends);
 }
 
-/* Of an exec that is known by other means than the status pipe's end, that end is kept until
+/* Of a verdict that is known by other means than the status pipe's end, that end is kept until
  * it tells, or the exit, that others may see our memory again. */
-static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict)
+static void set_verdict_locked(struct launch *launch, enum launch_verdict verdict, bool has_ended)
 {
-    bool execed = verdict == LAUNCH_EXECED, ended = !launch->hides_memory || status_has_ended(launch);
+    bool ended = !launch->hides_memory || has_ended || launch->reaped || has_other_memory(launch);
     launch->verdict = verdict;
     set_detached_locked(launch);
-    if (execed && !ended)
-        hub_unwatch_locked(launch, LAUNCH_STATUS);
-    else
+    if (ended)
         launch_close_slot_locked(launch, LAUNCH_STATUS);
+    else
+        hub_unwatch_locked(launch, LAUNCH_STATUS);
     (void)launch_left_memory_locked(launch);
-    if (execed && ended)
+    if (ended)
         show_memory_locked(launch);
 }
 
@@ -400,7 +406,7 @@ static bool set_failed_locked(struct launch *launch, struct spawn_record record)
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         (void)launch_left_memory_locked(launch);
     } else {
-        set_verdict_locked(launch, LAUNCH_FAILED);
+        set_verdict_locked(launch, LAUNCH_FAILED, false);
     }
     return true;
 }
@@ -412,7 +418,7 @@ static bool read_record_locked(struct launch *launch)
         return false;
     if (launch->record.op)
         return set_failed_locked(launch, launch->record);
-    set_verdict_locked(launch, LAUNCH_EXECED);
+    set_verdict_locked(launch, LAUNCH_EXECED, false);
     return true;
 }
 
@@ -428,7 +434,7 @@ bool launch_read_status_locked(struct launch *launch)
         return read_record_locked(launch);
     if (launch->exited && !launch->shares_fds && !launch->status_lost && launch->returncode != SPAWN_FAILED_EXIT &&
         launch->returncode >= 0) {
-        set_verdict_locked(launch, LAUNCH_EXECED); /* so no child ends that has not exec'd */
+        set_verdict_locked(launch, LAUNCH_EXECED, false); /* so no child ends that has not exec'd */
         return true;
     }
     bool left = launch->exited || (launch->detached && launch_left_memory_locked(launch));
@@ -444,7 +450,7 @@ bool launch_read_status_locked(struct launch *launch)
     if (launch->shares_fds && launch->exited && launch->returncode == SPAWN_FAILED_EXIT)
         return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
     if (size == 0 || launch->exited || (left && !launch->shares_fds && (!launch->hides_memory || launch->overdue)))
-        set_verdict_locked(launch, LAUNCH_EXECED);
+        set_verdict_locked(launch, LAUNCH_EXECED, size == 0);
     return launch->verdict != LAUNCH_PENDING;
 }
 
@@ -577,13 +583,16 @@ static void settle_closed_locked(struct launch *launch)
         launch_close_slot_locked(launch, LAUNCH_STATUS);
 }
 
-/* And shows our memory again, where no loop has looked after the launch that hid it. */
-static size_t reap_orphans_locked(void)
+/* And shows our memory again, where nobody else has looked after a launch that hid it some time ago,
+ * or whenever that was. */
+static size_t reap_orphans_locked(bool is_needed_now)
 {
+    uint64_t time = hiding ? hub_now() : 0;
     struct launch *next, *launch = counts.orphans || hiding ? first_launch : NULL;
     for (; launch; launch = next) {
         next = launch->next;
-        if (launch->hides_memory && launch->detached && status_has_ended(launch))
+        if (launch->hides_memory && (is_needed_now || time >= launch->hidden_at + HIDING_TIME) &&
+            has_other_memory(launch))
             show_memory_locked(launch);
         if (!launch->closed || launch->pidfd < 0)
             continue;
@@ -600,7 +609,7 @@ static size_t reap_orphans_locked(void)
 size_t launch_reap_orphans(void)
 {
     launch_lock();
-    size_t left = reap_orphans_locked();
+    size_t left = reap_orphans_locked(true);
     launch_unlock();
     return left;
 }
@@ -651,8 +660,7 @@ void launch_free(struct launch *launch)
  * the hub is swept. */
 static int watch_ends_locked(struct launch *launch)
 {
-    bool tells_exec = !launch->one_shot || launch->tells_exec;
-    int result = tells_exec ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
+    int result = launch_tells_exec(launch) ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
     if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     bool outputs = launch->ends.parent[1] >= 0 || launch->ends.parent[2] >= 0;
@@ -827,8 +835,9 @@ static int watch_child_locked(struct launch *launch)
 {
     (void)launch_left_memory_locked(launch);
     int result = hub_watch_pidfd_locked(launch);
-    /* Also of a one-shot: our memory is to be shown again soon, the shared table's ends closed. */
-    if (result == 0 && (launch->hides_memory || launch->shares_fds))
+    /* Also of a one-shot: the shared table's ends are to be closed. That our memory can be shown again
+     * has time: its exit tells, or a sweep or a later launch finds it. */
+    if (result == 0 && launch->shares_fds)
         result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
     if (result < 0) {
         (void)signal_locked(launch, SIGKILL);
@@ -848,7 +857,7 @@ int launch_start(struct hub *hub, struct block **block, const struct launch_opti
 {
     *ret_op = SPAWN_OPEN_PIPES;
     launch_lock();
-    (void)reap_orphans_locked();
+    (void)reap_orphans_locked(spawn_opens_proc(&(*block)->request));
     struct launch *launch = new_launch_locked(hub);
     if (!launch) {
         launch_unlock();
@@ -1020,7 +1029,7 @@ void launch_keep_pidfd(struct launch *launch, bool keep)
 {
     launch_lock();
     launch->keeps_pidfd = keep;
-    if (!keep && launch->exited && !launch->watched[LAUNCH_PIDFD])
+    if (!keep && launch->exited && !launch->closed && !launch->watched[LAUNCH_PIDFD])
         launch_close_slot_locked(launch, LAUNCH_PIDFD);
     launch_unlock();
 }
@@ -1097,6 +1106,14 @@ void launch_tell_all(struct launch *launch)
     launch_unlock();
 }
 
+/* Nobody reads this output of a one-shot, which has told and is watched no more, before launch_watch(). */
+void launch_pause(struct launch *launch, enum launch_slot slot)
+{
+    launch_lock();
+    hub_pause_output_locked(launch, slot);
+    launch_unlock();
+}
+
 void launch_close_pipe(struct launch *launch, enum launch_slot slot)
 {
     launch_lock();
@@ -1114,6 +1131,25 @@ bool launch_in_flight_before(uint64_t id)
                 !(launch->detached && launch_left_memory_locked(launch));
     launch_unlock();
     return found;
+}
+
+/* Whether our memory is hidden now: nobody who could show it again has been left out. Who asks
+ * waits until it is not, and others would hide it again and again, without a gap. */
+bool launch_memory_is_hidden(void)
+{
+    launch_lock();
+    (void)reap_orphans_locked(true);
+    bool hidden = hiding > 0;
+    atomic_store(&wanted_until, hidden ? hub_now() + WANTED_TIME : 0);
+    launch_unlock();
+    return hidden;
+}
+
+/* Whether somebody waits for a moment in which it is not hidden. */
+bool launch_memory_is_wanted(void)
+{
+    uint64_t until = atomic_load(&wanted_until);
+    return until && hub_now() < until;
 }
 
 struct launch_counts launch_count(void)

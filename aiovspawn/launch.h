@@ -72,6 +72,7 @@ struct launch {
     bool contended; /* another launch had not exec'd when this one was cloned */
     bool detached;  /* cloned on a detached rung: its word tells when it has left our memory */
     bool hides_memory;
+    uint64_t hidden_at; /* nanoseconds, CLOCK_MONOTONIC */
     bool overdue; /* a sweep has found that it left our memory, but no end of file */
     bool by_memory; /* there is no status pipe: the block has the record of a failure */
     uint64_t hidings; /* how often our memory had been hidden when it was cloned */
@@ -132,13 +133,22 @@ ssize_t launch_read(struct launch *launch, enum launch_slot slot, void *data, si
 void launch_note_bulk(struct launch *launch);
 void launch_grow_pipe(struct launch *launch, enum launch_slot slot);
 int launch_watch(struct launch *launch, enum launch_slot slot, bool watch);
+void launch_pause(struct launch *launch, enum launch_slot slot);
 void launch_tell_all(struct launch *launch);
 void launch_close_pipe(struct launch *launch, enum launch_slot slot);
 
 size_t launch_reap_orphans(void);
 bool launch_in_flight_before(uint64_t id);
+bool launch_memory_is_hidden(void);
+bool launch_memory_is_wanted(void);
 struct launch_counts launch_count(void);
 bool launch_exit_info(int pidfd, int *ret_wait_status);
+
+/* Whether somebody is to hear of its exec. */
+static inline bool launch_tells_exec(const struct launch *launch)
+{
+    return !launch->one_shot || launch->tells_exec;
+}
 
 /* For hub.c, with the mutex held. */
 void launch_lock(void);

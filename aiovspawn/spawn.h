@@ -34,7 +34,7 @@ enum spawn_op {
     SPAWN_STDIO,       /* a: fd or SPAWN_SAVED, b: 0, 1 or 2 */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
     SPAWN_MAP_FD,      /* a: fd or SPAWN_SAVED, b: its number in the program, >= 3 */
-    SPAWN_NAMESPACES,  /* a: CLONE_NEW* flags; those that clone(2) does not take are the child's step */
+    SPAWN_NAMESPACES,  /* a: CLONE_NEW* flags; those that are not for the clone are the child's step */
     SPAWN_UID_MAP,     /* in a request a: length, data: text; in the child a: fd to wait at until it is written */
     SPAWN_GID_MAP,     /* the same */
     SPAWN_PTY,         /* in the parent a: rows, b: columns of a new pty */
@@ -186,6 +186,8 @@ int spawn_clone(struct spawn_child *child, void *stack, size_t stack_size, enum 
 enum spawn_rung spawn_best_rung(void);
 bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request);
 bool spawn_awaits_maps(const struct spawn_request *request);
+bool spawn_opens_proc(const struct spawn_request *request);
+bool spawn_clones_namespaces(const struct spawn_request *request);
 bool spawn_needs_status_pipe(const struct spawn_request *request);
 bool spawn_hides_memory(const struct spawn_request *request);
 const struct spawn_step *spawn_find_step(const struct spawn_request *request, enum spawn_op op);

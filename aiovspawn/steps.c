@@ -8,10 +8,12 @@
 #include <errno.h>
 #include <limits.h>
 
-/* linux/sched.h: CLONE_NEWNS, UTS, IPC, USER, PID and NET. Of a new cgroup namespace the root is the
- * cgroup of whoever makes it, which is the child's only after the clone; CLONE_NEWTIME is a signal's
- * number to clone(2), and takes effect at the exec. */
-enum { CLONED_NAMESPACES = 0x7c020000, CLONE_NEWUSER_FLAG = 0x10000000 };
+/* linux/sched.h: CLONE_NEWUSER, in which it is privileged to make the others, and CLONE_NEWPID, which
+ * unshare(2) makes for children only. The others the child makes itself: the clone is the parent's
+ * time, and a network takes more of it than the rest of a launch. Nor would clone(2) serve for
+ * all: of a new cgroup namespace the root is the cgroup of whoever makes it, which is the child's only
+ * after the clone; CLONE_NEWTIME is a signal's number to it, and takes effect at the exec. */
+enum { CLONED_NAMESPACES = 0x30000000, CLONE_NEWUSER_FLAG = 0x10000000 };
 
 #define MODE_TYPE 0170000
 #define MODE_FIFO 0010000
@@ -30,6 +32,19 @@ const struct spawn_step *spawn_find_step(const struct spawn_request *request, en
 bool spawn_awaits_maps(const struct spawn_request *request)
 {
     return spawn_find_step(request, SPAWN_UID_MAP) || spawn_find_step(request, SPAWN_GID_MAP);
+}
+
+/* Whether it needs files of the child in /proc, which are closed while our memory is hidden. */
+bool spawn_opens_proc(const struct spawn_request *request)
+{
+    return spawn_awaits_maps(request) || spawn_find_step(request, SPAWN_OOM_SCORE);
+}
+
+/* Whether clone(2) is to make namespaces; others the child makes itself. */
+bool spawn_clones_namespaces(const struct spawn_request *request)
+{
+    const struct spawn_step *step = spawn_find_step(request, SPAWN_NAMESPACES);
+    return step && (step->a & CLONED_NAMESPACES);
 }
 
 /* Whether all steps of the request are the child's alone on this rung. */

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Any
 
 import pytest
 
+import aiovspawn
 from aiovspawn import _core
 
 Events = deque[tuple[int, int, Any]]
 INHERIT, PIPE, TERMINAL = -4, -1, -6
+STEPS = ((_core.STEP_RESTORE_SIGNALS, 0, 0, None),)
 
 
 @pytest.fixture
@@ -154,6 +157,59 @@ def test_huge_environment_gets_a_block_of_its_own(hub: _core.Hub) -> None:
         (b"/bin/true",), ("true",), environment, (INHERIT,) * 3, (), (), True, -1, True, None, False
     )
     assert wait(hub)[-1] == (child.id, 5, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plain", "", "a b", "\x7f\x01"],
+        [b"bytes", "\xe9\u20ac\U0001f600", "low\udcff", "plain", Path("path")],
+        [Path("path")],
+        [type("Text", (str,), {})("text"), type("Bytes", (bytes,), {})(b"bytes")],
+    ],
+)
+def test_arguments_arrive_as_the_stdlib_encodes_them(hub: _core.Hub, arguments: list[Any]) -> None:
+    child = one_shot(hub, "/usr/bin/printf", "%s\\0", *arguments)
+    finish(hub)
+    assert child.output(1) == b"".join(os.fsencode(each) + b"\0" for each in arguments)
+
+
+@pytest.mark.parametrize("arguments", [["a\0b"], [b"a\0b"], ["\xe9", "a\0"], ["\xe9\0"]])
+def test_null_characters_are_value_errors(hub: _core.Hub, arguments: list[Any]) -> None:
+    with pytest.raises(ValueError, match="null"):
+        launch(hub, "/bin/true", *arguments)
+
+
+def test_many_waiters_are_dropped_on_a_small_stack() -> None:
+    """A process that thousands of tasks wait for is forgotten, in a thread."""
+    program = """
+import gc, sys, threading
+from aiovspawn import _core
+class Found:
+    core, transports, sweeping = _core.Hub(), {}, True
+hub, transports = Found.core, Found.transports
+launch = _core.launch_plain(Found, ["/bin/sleep", "1000"], None, None, (), -1, False)
+launch.send_signal(9)
+waiters = [launch.waiter(None, 7) for _ in range(10000)]
+del waiters
+transports.clear()
+
+def drop():
+    global launch
+    if sys.argv[1] == "collected":
+        launch.waiter(launch, 7)  # who holds its loop
+        del launch
+        gc.collect()
+    else:
+        del launch
+
+threading.stack_size(128 * 1024)
+thread = threading.Thread(target=drop)
+thread.start()
+thread.join()
+"""
+    for how in ("released", "collected"):
+        subprocess.run([sys.executable, "-c", program, how], check=True)
 
 
 def test_pipes_are_0_1_and_2_only(hub: _core.Hub) -> None:
@@ -319,12 +375,21 @@ def feed(hub: _core.Hub) -> None:
     forgotten.feed(b"x" * 200_000)
 
 
+def taken(hub: _core.Hub) -> None:
+    argv = ("/bin/sh", "-c", "echo out; head -c 60000 /dev/zero >&2")
+    child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, PIPE), (), (), True, -1, True, -1, True)
+    child.waiter(object(), 9)  # type: ignore[arg-type]
+    assert child.take_output(1) is None
+    finish(hub)
+    assert [child.take_output(1), child.take_output(2), child.take_output(1)] == [b"out\n", bytes(60000), b""]
+
+
 def streamed(hub: _core.Hub) -> None:
     argv = ("/bin/sh", "-c", "head -c 60000 /dev/zero")
     for told in (False, True):
         child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, PIPE), (), (), True, -1, True, 100, True)
         child.waiter(object(), 5)  # type: ignore[arg-type]
-        child.set_limit(-1)
+        child.set_limit(1, -1)
         if told:
             for _, kind, value in finish(hub):
                 child.on_event(kind, value)
@@ -347,12 +412,13 @@ def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
 def awaited(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
     child.keep_pidfd(True)  # and yet nothing stays open of what is over, whoever keeps the launch
-    first, second, exited = (child.waiter(hub, kind) for kind in (7, 7, 5))
+    first, second, exited = child.waiter(hub, 7), child.waiter(hub, 7), child.exit_waiter(hub)  # type: ignore[arg-type]
     assert first.get_loop() is hub
     woken, also, earlier = await_it(first), await_it(second), await_it(exited)
     with pytest.raises(TypeError):
         first.add_done_callback(woken.append, context=contextvars.copy_context())
     assert child.outcome() is None
+    assert child.returncode is None
     child.on_event(3, 0)  # the exec
     assert not earlier
     assert child.waiter(hub, 3).done()
@@ -364,6 +430,7 @@ def awaited(hub: _core.Hub) -> None:
     assert first.result() is None
     assert first.cancel() is False
     assert list(iter(first.__next__, child)) == []
+    assert child.returncode == 0
     outcome = child.outcome()
     assert outcome is not None
     assert outcome[:4] == (0, child.pid, b"x\n", b"")
@@ -451,9 +518,26 @@ class Completed(subprocess.CompletedProcess[bytes]):
     pass
 
 
+class Found:
+    """A hub with what _hub.py's has."""
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.transports: dict[int, Any] = {}
+        self.sweeping = False
+
+    def await_verdict(self) -> None:
+        self.sweeping = True
+
+
 def plain(hub: _core.Hub) -> None:
     """A launch without keywords in one call, and its outcome in another."""
-    loop, transports = Loop(), dict[int, Any]()
+    loop, found = Loop(), Found(hub)
+    transports = found.transports
+
+    def call(argv: Any, stdout: Any = None, steps: Any = STEPS, limit: Any = -1) -> _core.Launch | None:
+        return _core.launch_plain(found, argv, stdout, stdout, steps, limit, False)  # type: ignore[arg-type]
+
     for argv, stdout in (
         (["true"], None),
         ([], None),
@@ -465,21 +549,31 @@ def plain(hub: _core.Hub) -> None:
         (["/bin/true"], 2**100),
         (["/bin/true"], sys.stdout),
     ):
-        assert hub.launch_plain(argv, stdout, None, transports, -1, False) is None
+        assert call(argv, stdout) is None
     with pytest.raises(ValueError, match="null"):
-        hub.launch_plain(["/bin/true", "\0"], None, None, transports, -1, False)
+        call(["/bin/true", "\0"])
     with pytest.raises(TypeError):
-        hub.launch_plain(["/bin/true", 1], None, None, transports, -1, False)
+        call(["/bin/true", 1])
     with pytest.raises(TypeError):
-        hub.launch_plain(["/bin/true"], None, None, [], -1, False)  # type: ignore[arg-type]
+        call(["/bin/true"], steps=[])
+    with pytest.raises(ValueError):
+        call(["/bin/true"], steps=((1000, 0, 0, None),))
+    with pytest.raises(TypeError, match="integer"):
+        call(["/bin/true"], limit="1")
     assert transports == {}
+    found.sweeping = False
+    streamed = call(["/bin/true"], limit=None)
+    assert streamed is not None
+    assert found.sweeping
+    assert transports == {}
+    wait(hub)
     for output, kind in ((PIPE, tuple), (None, list)):
         argv = kind(("/bin/sh", "-c", "echo out; echo err >&2; exit 3" if output else "exit 3"))
-        child = hub.launch_plain(argv, output, output, transports, -1, False)
+        child = call(argv, output)
         assert child is not None
         assert transports == {child.id: child}
         assert child.arguments == [*argv]
-        woken = await_it(child.waiter(loop, 7))
+        woken = await_it(child.end_waiter(loop))  # type: ignore[arg-type]
         assert child.completed(Completed, argv) is None
         while not woken:
             select.select([hub.fileno()], [], [], 10)
@@ -491,7 +585,7 @@ def plain(hub: _core.Hub) -> None:
         expected = (b"out\n", b"err\n") if output else (None, None)
         assert (completed.args, completed.returncode) == (argv, 3)
         assert (completed.stdout, completed.stderr) == expected
-        assert list(vars(completed)) == [*vars(Completed([], 0)), "pid", "duration", "truncated", "_usage"]
+        assert list(vars(completed)) == [*vars(Completed([], 0)), "pid", "duration", "_usage"]
         assert transports == {}
     with pytest.raises(TypeError):
         child.completed(argv, Completed)  # type: ignore[arg-type]
@@ -627,11 +721,44 @@ def resize(hub: _core.Hub) -> None:
     wait(hub)
 
 
+def latest_hub(hub: _core.Hub) -> None:
+    loop, other, found = Loop(), Loop(), Found(hub)
+    latest: Any = weakref.ref(loop), weakref.ref(found)
+    assert _core.latest_hub(latest, loop) is found  # type: ignore[arg-type,comparison-overlap]
+    assert _core.latest_hub(latest, other) is None  # type: ignore[arg-type]
+    gone: Any = latest[0], weakref.ref(Found(hub))
+    for pair in (None, (), (loop, found), (weakref.ref(other), latest[1]), gone):
+        assert _core.latest_hub(pair, loop) is None  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes 2 arguments"):
+        _core.latest_hub()  # type: ignore[call-arg]
+
+
+def plain_of_another_hub(hub: _core.Hub) -> None:
+    found = Found(_core.Hub())
+
+    def call() -> _core.Launch | None:
+        return _core.launch_plain(found, ["/bin/true"], None, None, STEPS, -1, False)  # type: ignore[arg-type]
+
+    found.core.close()
+    with pytest.raises(OSError) as info:
+        call()
+    assert info.value.errno == errno.EBADF
+    for core, transports in ((found, {}), (hub, [])):
+        found.core, found.transports = core, transports  # type: ignore[assignment]
+        with pytest.raises(TypeError):
+            call()
+    for name in ("transports", "core"):
+        delattr(found, name)
+        with pytest.raises(AttributeError, match=name):
+            call()
+    with pytest.raises(TypeError, match="takes 7 arguments"):
+        _core.launch_plain()  # type: ignore[call-arg]
+
+
 LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
     "Hub.launch": lambda hub: (finished(hub, b"/bin/true"), hub_with_a_failing_launch(hub)),
-    "Hub.launch_plain": plain,
     "Hub.adopt": adopt,
     "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
@@ -646,12 +773,15 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
     "Launch.waiter": waking_fails,
+    "Launch.exit_waiter": awaited,
+    "Launch.end_waiter": plain,
     "Launch.on_event": awaited,
     "Launch.outcome": awaited,
     "Launch.completed": plain,
     "Launch.take_over": taken_over,
     "Launch.stream": streamed,
     "Launch.set_limit": streamed,
+    "Launch.take_output": taken,
     "Waiter.get_loop": waiter,
     "Waiter.add_done_callback": waiter,
     "Waiter.cancel": waiter,
@@ -666,10 +796,13 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.close_pipe": write,
     "Launch.pipe": lambda hub: finished(hub, b"/bin/true").pipe(0),
     "Launch.rusage": lambda hub: finished(hub, b"/bin/true").rusage(),
+    "latest_hub": latest_hub,
+    "launch_plain": lambda hub: (plain(hub), plain_of_another_hub(hub)),
     "rung": lambda hub: _core.rung(),
     "force_rung": lambda hub: (_core.force_rung("vfork"), _core.force_rung(None)),
     "reap_orphans": lambda hub: _core.reap_orphans(),
     "in_flight_before": lambda hub: _core.in_flight_before(2**63),
+    "memory_is_hidden": lambda hub: _core.memory_is_hidden(),
     "probe": lambda hub: [_core.probe(name) for name in _core.FEATURES],
     "share_fds_from": lambda hub: _core.share_fds_from(-1),
     "quiet_time": lambda hub: _core.quiet_time(2_000_000),
@@ -717,9 +850,12 @@ def test_entry_point_leaks_nothing(name: str) -> None:
     assert after["free_blocks"] <= 32
     assert all(after[name] == counts[name] for name in ("launches", "orphans", "in_flight"))
     # A leak of one object per call would be 300 times 48 bytes at the least; pages come in fours of KiB.
-    growth = resident() - memory
-    if growth > 12:
-        memory = resident()
-        repeat(3000)
+    # It grows each time; what the allocator and a busy system do to the figure does not.
+    growth, calls, most = resident() - memory, 300, 12.0
+    for _ in range(3):
+        if growth <= most:
+            break
+        memory, calls, most = resident(), 3000, 3000 * 32 / 1024
+        repeat(calls)
         growth = resident() - memory
-        assert growth < 3000 * 32 / 1024, f"{growth} KiB in 3000 calls"
+    assert growth <= most, f"{growth} KiB in {calls} calls"

@@ -182,9 +182,11 @@ async def test_cancelled_waits_leave_nothing_behind() -> None:
     for _ in range(20):
         with pytest.raises(asyncio.TimeoutError):
             await asyncio.wait_for(process.wait(), 0.001)
-    launch = deferred(process).launch
-    kept = [each for each in gc.get_referents(launch) if type(each) is list]
-    (waiters,) = (each for each in kept if each is not launch.arguments)
+    waiters = []
+    kept = gc.get_referents(deferred(process).launch)
+    while kept := [each for each in kept if type(each) is _core.Waiter]:  # each holds the next
+        waiters += kept
+        kept = gc.get_referents(*kept)
     assert len(waiters) <= 1
     process.kill()
     await process.wait()
@@ -404,8 +406,8 @@ def test_stream_of_the_core_tells_what_has_come() -> None:
     assert 100 < len(events[1][1]) <= 60000  # what one read(2) has given
 
     with pytest.raises(OverflowError):
-        child.set_limit(2**70)
+        child.set_limit(1, 2**70)
     with pytest.raises(TypeError):
-        child.set_limit("x")  # type: ignore[arg-type]
+        child.set_limit(1, "x")  # type: ignore[arg-type]
     while _core.reap_orphans():
         time.sleep(0.001)

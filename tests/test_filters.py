@@ -229,6 +229,133 @@ aiovspawn.run(main())
     on_loop(later("timerfd_settime-eperm", code), python)
 
 
+@pytest.mark.parametrize("rung", ["", "vfork"])
+@pytest.mark.parametrize("by", ["sweep", "launch"])
+def test_memory_is_shown_again_while_what_hid_it_runs(python: list[str], by: str, rung: str) -> None:
+    """Nobody waits for the exec of these: a sweep finds it, or a later launch."""
+    code = f"""
+import asyncio, ctypes, struct, time, aiovspawn
+from aiovspawn import _hub, run_process
+if {by!r} == "launch":
+    _hub.SWEEP_INTERVAL = 1000
+OPTIONS = {{"seccomp": struct.pack("HBBI", 6, 0, 0, 0x7FFF0000), "no_new_privs": True}}
+dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
+async def main():
+    assert dumpable() == 1
+    tasks = [asyncio.create_task(run_process(["sleep", "1000"], **OPTIONS)) for _ in range(100)]
+    await asyncio.sleep(0)
+    for _ in range(10_000):  # the last child hides it when it runs; nobody looks after it meanwhile
+        if not dumpable():
+            break
+        time.sleep(0.001)
+    assert dumpable() == 0
+    while not dumpable():
+        await asyncio.sleep(0.01)
+        if {by!r} == "launch":
+            await run_process(["true"])
+    for task in tasks:
+        assert not task.done()
+        task.cancel()
+    await asyncio.wait(tasks)
+aiovspawn.run(asyncio.wait_for(main(), 20))
+"""
+    on_loop(code, python, AIOVSPAWN_RUNG=rung)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing ids needs root")
+def test_memory_is_shown_again_where_nobody_may_wait_for_a_failed_child(python: list[str]) -> None:
+    code = f"""
+import asyncio, ctypes, sys, aiovspawn
+from aiovspawn import _core, run_process
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
+async def main():
+    seccomp.install("waitid-eperm")
+    for program in "/bin/true", "/nonexistent":
+        try:
+            await run_process([program], user=65534)
+        except FileNotFoundError:
+            assert program == "/nonexistent"
+        assert dumpable() == 1
+aiovspawn.run(asyncio.wait_for(main(), 20))
+"""
+    on_loop(code, python)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+def test_namespaces_that_the_child_makes_are_the_fork_rungs_too(python: list[str]) -> None:
+    code = f"""
+import asyncio, errno, sys, aiovspawn
+from aiovspawn import _core, run_process
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+flags = seccomp.CLONE_VM | seccomp.CLONE_THREAD
+seccomp.FILTERS["fork alone"] = [
+    *seccomp.refuse(seccomp.CLONE3, errno.ENOSYS),
+    *seccomp.refuse_flags(seccomp.CLONE, flags, seccomp.CLONE_VM, errno.EPERM),
+]
+seccomp.install("fork alone")
+async def main():
+    assert (await run_process(["/bin/true"], namespaces=0x04000000)).returncode == 0
+    assert _core.rung() == "fork"
+aiovspawn.run(main())
+"""
+    on_loop(code, python)
+
+
+def test_output_that_waits_for_its_reader_is_not_looked_at(python: list[str]) -> None:
+    """Where the kernel watches no more a timer looks at it, but not at what nobody reads on."""
+    code = f"""
+import asyncio, sys, aiovspawn
+from aiovspawn import PIPE, _core
+from aiovspawn._hub import hub_of
+sys.path.insert(0, {str(HERE)!r})
+import seccomp
+async def main():
+    loop, turns = asyncio.get_running_loop(), 0
+    await aiovspawn.run_process(["/bin/true"], stdout=PIPE)
+    hub = hub_of(loop)
+    def drain():
+        nonlocal turns
+        turns += 1
+        hub._drain()
+    loop.remove_reader(hub.core.fileno())
+    loop.add_reader(hub.core.fileno(), drain)
+    _core.quiet_time(10**9)
+    process = await aiovspawn.create_subprocess_exec("head", "-c", "1000000", "/dev/zero", stdout=PIPE)
+    seccomp.install("epoll_add-enospc")
+    _core.quiet_time(1_000_000)
+    await asyncio.sleep(1.5)
+    before = turns
+    await asyncio.sleep(0.5)
+    assert turns - before < 5, turns - before
+    assert len((await process.communicate())[0]) == 1_000_000
+aiovspawn.run(main())
+"""
+    on_loop(code, python)
+
+
+def test_memory_is_shown_again_at_the_exit(python: list[str]) -> None:
+    code = """
+import asyncio, ctypes, struct, aiovspawn
+from aiovspawn import _core, _hub, run_process
+_hub.SWEEP_INTERVAL = 1000
+OPTIONS = {"seccomp": struct.pack("HBBI", 6, 0, 0, 0x7FFF0000), "no_new_privs": True}
+dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
+async def main():
+    for program in "true", "/nonexistent":
+        try:
+            await run_process([program], **OPTIONS)
+        except FileNotFoundError:
+            assert program == "/nonexistent"
+        assert dumpable() == 1
+    assert _core.counts()["in_flight"] == 0
+aiovspawn.run(asyncio.wait_for(main(), 20))
+"""
+    on_loop(code, python)
+
+
 def test_probe_does_not_give_up_its_memory_before_its_child_is_dead(python: list[str]) -> None:
     """It cannot reap it where waitid() is refused, and the next launch takes the memory."""
     code = f"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import ctypes
@@ -546,6 +547,61 @@ async def test_files_of_the_child_beside_what_hides_memory() -> None:
     ).replace("ALLOW", repr(program()))
     done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
     assert done.stdout == b"done\n", done.stderr
+
+
+@pytest.mark.skipif(not ROOT, reason="takes root to become nobody")
+@pytest.mark.parametrize(
+    "options", ["oom_score_adj=500", "namespaces=0x10000000, uid_map=[(0, os.getuid(), 1)]"]
+)
+async def test_files_of_the_child_beside_others_that_hide_memory_all_the_time(options: str) -> None:
+    """Without a gap, if they were not on the vfork rung while somebody waits."""
+    code = (
+        "over, aiovspawn._attempts.RETRY_DELAYS = False, (0.001, 0.002)\n"
+        "async def hide():\n"
+        "    while not over:\n"
+        "        await aiovspawn.run_process(['/bin/true'], no_new_privs=True, seccomp=ALLOW)\n"
+        "hiding = [asyncio.create_task(hide()) for _ in range(16)]\n"
+        "await asyncio.sleep(0.02)\n"
+        "for _ in range(10):\n"
+        "    await aiovspawn.run_process(['/bin/true'], OPTIONS)\n"
+        "over = True\n"
+        "await asyncio.wait(hiding)\n"
+        "print('done')"
+    )
+    code = code.replace("ALLOW", repr(program())).replace("OPTIONS", options)
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
+    assert done.stdout == b"done\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "vforks"), [({}, 1), ({"nice": 1}, 0), ({"cpu_affinity": os.sched_getaffinity(0)}, 0)]
+)
+async def test_who_would_hide_memory_that_is_wanted_waits_for_the_exec(options: Any, vforks: int) -> None:
+    """Unless that may take long: others run before the child."""
+
+    def hide(**options: Any) -> asyncio.Task[Any]:
+        coroutine = aiovspawn.run_process(["/bin/true"], no_new_privs=True, seccomp=program(), **options)
+        return asyncio.ensure_future(coroutine)
+
+    def of_vfork() -> int:
+        count: int = _core.counts()["rungs"]["vfork"]
+        return count
+
+    wanted = False
+    while not wanted:
+        before = of_vfork()
+        hiding = hide()
+        await asyncio.sleep(0)
+        wanted = _core.memory_is_hidden()
+        if wanted:
+            assert of_vfork() == before
+            await hide(**options)
+            assert of_vfork() == before + vforks
+        await hiding
+    while _core.memory_is_hidden():
+        await asyncio.sleep(0.001)
+    await hide()
+    assert of_vfork() == before + vforks
 
 
 @pytest.mark.skipif(not ROOT, reason="takes root to become nobody")

@@ -8,6 +8,7 @@ import copy
 import decimal
 import functools
 import gc
+import inspect
 import os
 import pickle
 import random
@@ -27,7 +28,7 @@ import pytest
 from conftest import HERE, LOOP_FACTORIES, SHARED, on_loop
 
 import aiovspawn
-from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, run_process
+from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, _hub, run_process
 from aiovspawn._launch import ladder
 from aiovspawn._limits import DEFAULT
 
@@ -151,6 +152,41 @@ def test_same_as_subprocess_run_when_delegated(name: str) -> None:
     assert ours == outcome(subprocess.run, args, keywords)
 
 
+def test_a_launch_that_cannot_be_begun_raises_what_popen_does(python: list[str]) -> None:
+    """Also when it is not the loop's first: that one has made its hub."""
+    code = """
+import asyncio, os, resource, subprocess, aiovspawn
+def fails(launch):
+    try:
+        launch()
+    except OSError as exc:
+        return exc
+async def run(**keywords):
+    try:
+        await aiovspawn.run_process(["/bin/true"], **keywords)
+    except OSError as exc:
+        return exc
+async def main():
+    assert await run() is None
+    number = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    while True:
+        try:
+            os.dup(0)
+        except OSError:
+            break
+    expected = fails(lambda: subprocess.run(["/bin/true"], capture_output=True))
+    for keywords in {}, {"capture_output": True}, {"cwd": "/"}:
+        exc = await run(**keywords)
+        assert (type(exc), exc.errno) == (type(expected), expected.errno), exc
+        assert exc.filename == expected.filename
+        assert "'/bin/true' failed at step" in exc.__notes__[0]
+        assert exc.__suppress_context__
+asyncio.run(main())
+"""
+    subprocess.run([*python, "-c", code], check=True, timeout=60)
+
+
 def test_default_encoding_is_warned_of_where_it_is_wanted() -> None:
     code = """
 import aiovspawn
@@ -164,6 +200,32 @@ aiovspawn.run(main())
 
 
 # ---- what is more ------------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_subprocess_run_and_more() -> None:
+    ours = inspect.signature(run_process).parameters
+    theirs = inspect.signature(subprocess.run).parameters
+    assert next(iter(ours)) == "args"
+    assert ours["args"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    assert ours["kwds"].kind is inspect.Parameter.VAR_KEYWORD
+    own = set(theirs) - {"popenargs", "kwargs"}
+    assert own < set(ours)
+    for name in own:
+        assert ours[name].default == theirs[name].default
+        assert ours[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert inspect.signature(run_process).return_annotation == "CompletedProcess"
+    assert inspect.iscoroutinefunction(run_process)
+
+
+async def test_arguments_by_name_and_too_many_of_them() -> None:
+    assert (await run_process(args=["echo", "hello"], capture_output=1)).stdout == b"hello\n"
+    assert (await run_process(args=["echo", "hello"], capture_output=False)).stdout is None
+    with pytest.raises(TypeError, match="args"):
+        await run_process()  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional"):
+        await run_process(["true"], 1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="no_such_keyword"):
+        await run_process(["true"], no_such_keyword=1)
 
 
 async def test_completed_process_knows_more() -> None:
@@ -403,6 +465,29 @@ def test_coroutine_closed_without_a_loop_kills() -> None:
             await asyncio.sleep(0.001)
 
     aiovspawn.run(main())
+
+
+@pytest.mark.parametrize("keywords", [{}, {"capture_output": True}, {"stdout": PIPE}, {"nice": 1}])
+@pytest.mark.parametrize("closed", [False, True])
+def test_coroutine_closed_when_its_loop_is_not_ours_any_more(keywords: Any, closed: bool) -> None:
+    """In one call of the core or by a request, there is somebody to kill the process."""
+
+    async def begin() -> Any:
+        await run_process(["/bin/true"])
+        coroutine = run_process(["/bin/sleep", "1000"], **keywords)
+        coroutine.send(None)
+        return coroutine
+
+    loop = aiovspawn.new_event_loop()
+    coroutine = loop.run_until_complete(begin())
+    if closed:
+        loop.close()
+    coroutine.close()
+    deadline = time.monotonic() + 10
+    while _core.reap_orphans() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert _core.reap_orphans() == 0
+    loop.close()
 
 
 async def test_a_thousand_with_random_ends(core_rung: str) -> None:
@@ -687,6 +772,32 @@ async def test_failure_is_told_without_a_status_pipe(
             assert f"failed at step {step!r}" in found.__notes__[0]
 
 
+async def test_one_sweep_leaves_a_pidfd_of_each_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of more than can be told of at a time, where the fd table is large and is not shared."""
+    monkeypatch.setattr(_hub, "SWEEP_INTERVAL", 1000)
+    hub = ladder.hub_for(asyncio.get_running_loop(), {})
+    _core.share_fds_from(0)
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        runs = [asyncio.create_task(run_process(["sleep", "1000"])) for _ in range(300)]
+        await asyncio.sleep(0)
+        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        assert len(children) == len(runs)
+        for pid in children:
+            # The kernel closes what is close-on-exec a moment after it has given the child its name.
+            while (
+                Path(f"/proc/{pid}/comm").read_text() != "sleep\n" or len(os.listdir(f"/proc/{pid}/fd")) > 3
+            ):
+                await asyncio.sleep(0.001)
+        hub._sweep()
+        assert len(os.listdir("/proc/self/fd")) == before + len(runs)
+        for run in runs:
+            run.cancel()
+        await asyncio.wait(runs)
+    finally:
+        _core.share_fds_from(-1)
+
+
 # ---- what is watched, and when -----------------------------------------------------------
 
 
@@ -733,7 +844,15 @@ async def test_output_of_many_at_a_time_is_watched_when_they_live_on() -> None:
     assert kinds_watched() == [TIMER]
 
 
-async def test_output_is_watched_at_once_when_one_has_been_long() -> None:
+@pytest.fixture
+def watched_late() -> Iterator[None]:
+    """Launches whose output is not watched before any program, on any machine, has written it."""
+    _core.quiet_time(200_000_000)
+    yield
+    _core.quiet_time(2_000_000)
+
+
+async def test_output_is_watched_at_once_when_one_has_been_long(watched_late: None) -> None:
     await run_process(["head", "-c", "100000", "/dev/zero"], capture_output=True)
     async with running(1):
         assert kinds_watched() == [PIDFD, *PIPES, TIMER]
@@ -743,7 +862,7 @@ async def test_output_is_watched_at_once_when_one_has_been_long() -> None:
         assert kinds_watched() == [PIDFD, TIMER]
 
 
-async def test_output_is_watched_at_once_when_one_has_filled_a_small_pipe() -> None:
+async def test_output_is_watched_at_once_when_one_has_filled_a_small_pipe(watched_late: None) -> None:
     await run_process(["head", "-c", "5000", "/dev/zero"], capture_output=True, pipesize=4096)
     async with running(1):
         assert kinds_watched() == [PIDFD, *PIPES, TIMER]

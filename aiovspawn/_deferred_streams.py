@@ -1,0 +1,307 @@
+"""What asyncio's own Process gets of a deferred launch: a transport and readers that wait to be asked.
+
+asyncio.subprocess.Process asks the transport for pid and exit, and communicate() reads each
+stream to its end: so much a Deferred can answer. Whoever asks for more opens the streams, and
+then these objects are what their base classes make, at the same addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from asyncio.subprocess import SubprocessStreamProtocol
+from collections.abc import Awaitable, Callable
+from subprocess import PIPE
+from typing import Any, TypeVar
+
+from ._deferred import Deferred, Streams, launch_deferred
+from ._hub import EXECED, EXITED, LoopHub
+from ._pipes import ReadPipe, WritePipe
+from ._transport import RUNNING, SubprocessTransport, start_subprocess
+
+T = TypeVar("T")
+
+OUTPUTS = {1: "stdout", 2: "stderr"}
+"""Attributes of SubprocessStreamProtocol and Process."""
+
+
+class _Unasked:
+    """The first base of a class whose objects lack the attributes of the other base.
+
+    Whatever looks for one of these has the object opened, which makes it one of the other base,
+    and goes on with that. A method that sets one before it has looked for any must not be inherited.
+    """
+
+    def _open(self) -> None:
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # by copy and the like: there is nothing to be opened yet
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
+        self._open()
+        return getattr(self, name)
+
+
+def opened(unasked: T) -> T:
+    """Return the object when its class is its real one; also from a method got before."""
+    if isinstance(unasked, _Unasked):
+        unasked._open()
+    return unasked
+
+
+class DeferredTransport(_Unasked, SubprocessTransport):
+    """A SubprocessTransport that has been asked for no more than its Deferred can answer.
+
+    It holds neither its protocol nor the readers, who hold it: a cycle would live on.
+    """
+
+    _deferred: Deferred
+    _outputs: tuple[int, ...]
+    _protocol_reference: weakref.ref[SubprocessStreamProtocol]
+    _unread: dict[int, weakref.ref[DeferredReader]]
+    _unasked_pipes: dict[int, DeferredPipe]
+    _heirs: dict[int, asyncio.StreamReader]
+    """Of real ones: readers in place of those that could not be told."""
+
+    @classmethod
+    def of(cls, deferred: Deferred, protocol: SubprocessStreamProtocol) -> DeferredTransport:
+        """Give a process that runs a transport, and the protocol what it has in connection_made()."""
+        self = cls.__new__(cls)
+        self._deferred = deferred
+        self._launch = deferred.launch
+        self._loop = deferred._loop
+        self._outputs = deferred.outputs()
+        self._protocol_reference = weakref.ref(protocol)
+        self._unread = {}
+        self._unasked_pipes = {}
+        for fd in self._outputs:
+            reader = DeferredReader.of(self, fd, deferred._limit)
+            self._unread[fd] = weakref.ref(reader)
+            setattr(protocol, OUTPUTS[fd], reader)
+        return self
+
+    def _open(self) -> None:
+        deferred, launch = self._deferred, self._launch
+        protocol = self._protocol_reference()
+        if protocol is None:
+            protocol = SubprocessStreamProtocol(limit=deferred._limit, loop=self._loop)
+        readers = {name: getattr(protocol, name) for name in OUTPUTS.values()}
+        pipes, unread = self._unasked_pipes, self._unread
+        deferred.leave()
+        self._opened_late = True
+        self.__class__ = SubprocessTransport  # type: ignore[assignment]
+        SubprocessTransport.__init__(
+            self, deferred._hub, deferred._loop, protocol, deferred._request, launch=launch, is_new=True
+        )
+        self._state = RUNNING
+        for fd, pipe in pipes.items():
+            self._pipes[fd] = pipe.become_real(self)
+        protocol.connection_made(self)
+        self._heirs = {}
+        for fd, reference in unread.items():
+            reader = reference()
+            if reader is not None:
+                readers[OUTPUTS[fd]] = reader
+                reader.become_real(self._pipes[fd])
+            else:  # the collector has cleared it, but a finalizer may give it back
+                self._heirs[fd] = getattr(protocol, OUTPUTS[fd])
+        for name, reader in readers.items():
+            if reader is not None:
+                setattr(protocol, name, reader)
+        for kind, value in launch.stream():
+            if kind != EXECED:
+                self.on_event(kind, value)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} pid={self._launch.pid}>"
+
+    def __del__(self, *_: Any) -> None:
+        """The Deferred looks after what nobody has asked for."""
+        self._deferred.protocol = self._protocol_reference()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        opened(self).set_protocol(protocol)
+
+    def forget(self) -> None:
+        opened(self).forget()
+
+    def get_returncode(self) -> int | None:
+        launch = self._launch
+        returncode = launch.returncode
+        if returncode is None and (launch.stage >= EXITED or not isinstance(self, DeferredTransport)):
+            return opened(self).get_returncode()  # the status has been lost
+        return returncode
+
+    def get_pipe_transport(self, fd: int) -> ReadPipe | WritePipe | None:
+        if not isinstance(self, DeferredTransport):
+            return self.get_pipe_transport(fd)
+        pipe = self._unasked_pipes.get(fd)
+        if pipe is None and fd in self._outputs:
+            pipe = self._unasked_pipes[fd] = DeferredPipe(self, fd)
+        return pipe
+
+    def leave_pipe(self, fd: int) -> None:
+        """Forget one that has been closed."""
+        del self._unasked_pipes[fd]
+
+    async def _wait(self) -> int:
+        launch = self._launch
+        await launch.exit_waiter(self._loop)
+        returncode = launch.returncode
+        return await opened(self)._wait() if returncode is None else returncode
+
+    async def read(self, fd: int) -> bytes | None:
+        """Wait for the end of one output; as Deferred.read()."""
+        output = await self._deferred.read(fd)
+        if output is not None:
+            self._unread.pop(fd, None)
+        return output
+
+
+class DeferredPipe(_Unasked, ReadPipe):
+    """A ReadPipe that nobody has done anything with."""
+
+    def __init__(self, process: DeferredTransport, fd: int) -> None:
+        self.process = process
+        self.fd = fd
+
+    def _open(self) -> None:
+        opened(self.process)
+
+    def become_real(self, process: SubprocessTransport) -> ReadPipe:
+        """Be a ReadPipe from now on."""
+        self.__class__ = ReadPipe  # type: ignore[assignment]
+        ReadPipe.__init__(self, process, process._launch, self.fd)
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} fd={self.fd}>"
+
+    def close(self) -> None:
+        if not isinstance(self, DeferredPipe) or self.process._launch.pipe(self.fd) >= 0:
+            opened(self).close()
+            return
+        process = self.process  # it has been read to its end
+        process.leave_pipe(self.fd)  # type: ignore[attr-defined]
+        self.become_real(process)
+        self._closing = self.disconnected = True
+        del self.process
+
+
+class DeferredReader(_Unasked, asyncio.StreamReader):
+    """A StreamReader that has been asked for nothing, or for all there is."""
+
+    _process: DeferredTransport | None
+    """None: all has been read."""
+    _fd: int
+    _is_read: bool
+    # StreamReader's own:
+    _loop: asyncio.AbstractEventLoop
+    _limit: int
+
+    @classmethod
+    def of(cls, process: DeferredTransport, fd: int, limit: int) -> DeferredReader:
+        self = cls.__new__(cls)
+        self._process = process
+        self._loop = process._loop
+        self._limit = limit
+        self._fd = fd
+        self._is_read = False
+        return self
+
+    def _open(self) -> None:
+        if self._process is None:
+            self.become_real(None)
+            asyncio.StreamReader.feed_eof(self)
+        else:
+            process = opened(self._process)
+            if isinstance(self, DeferredReader):
+                self._inherit(process)
+
+    def _inherit(self, process: DeferredTransport) -> None:
+        """Be the one that has been made in its place."""
+        heir, protocol = process._heirs.pop(self._fd), process.get_protocol()
+        name = OUTPUTS[self._fd]
+        self.become_real(None)
+        vars(self).update(vars(heir))
+        if isinstance(protocol, SubprocessStreamProtocol):
+            setattr(protocol, name, self)
+
+    def become_real(self, pipe: ReadPipe | WritePipe | None) -> None:
+        """Be a StreamReader from now on; pipe: None where there is no more to be read."""
+        loop, limit = self._loop, self._limit
+        del self._process
+        self.__class__ = asyncio.StreamReader  # type: ignore[assignment]
+        asyncio.StreamReader.__init__(self, limit, loop)
+        if pipe is not None:
+            self.set_transport(pipe)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} fd={self._fd}>"
+
+    def set_exception(self, exc: Exception) -> None:
+        opened(self).set_exception(exc)
+
+    def feed_eof(self) -> None:
+        opened(self).feed_eof()
+
+    def set_transport(self, transport: asyncio.BaseTransport) -> None:
+        opened(self).set_transport(transport)
+
+    async def readuntil(self, separator: Any = b"\n") -> bytes:
+        return await opened_for("readuntil", self).readuntil(separator)
+
+    async def readexactly(self, n: int) -> bytes:
+        return await opened_for("readexactly", self).readexactly(n)
+
+    async def read(self, n: int = -1) -> bytes:
+        process = self._process if isinstance(self, DeferredReader) and not self._is_read else None
+        if n < 0 and isinstance(process, DeferredTransport):
+            self._is_read = True
+            try:
+                output = await process.read(self._fd)
+            finally:
+                self._is_read = False
+            if output is not None:
+                self._process = None
+                return output
+        return await opened_for("read", self).read(n)
+
+
+def opened_for(name: str, reader: asyncio.StreamReader) -> asyncio.StreamReader:
+    """Return a reader that nobody else is waiting for when it is the real one; name: what is called."""
+    if isinstance(reader, DeferredReader) and reader._is_read:
+        raise RuntimeError(f"{name}() called while another coroutine is already waiting for incoming data")
+    return opened(reader)
+
+
+def start_streams(
+    hub: LoopHub,
+    loop: asyncio.AbstractEventLoop,
+    protocol_factory: Callable[[], Any],
+    args: Any,
+    by_popen: bool,
+    shell: bool,
+    keywords: dict[str, Any],
+) -> Awaitable[Streams]:
+    """start_subprocess(), whose streams are opened now only where that is needed."""
+    protocol = protocol_factory()
+    if type(protocol) is SubprocessStreamProtocol and not by_popen:
+        stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
+        limit = protocol._limit  # type: ignore[attr-defined]  # unknown to typeshed
+        deferred = launch_deferred(hub, loop, limit, args, shell, stdio, keywords)
+        if deferred is not None:
+            return _until_it_runs(deferred, protocol)
+        keywords["stdin"], keywords["stdout"], keywords["stderr"] = stdio
+    return start_subprocess(hub, loop, lambda: protocol, args, by_popen, shell, keywords)
+
+
+async def _until_it_runs(deferred: Deferred, protocol: SubprocessStreamProtocol) -> Streams:
+    deferred.protocol = protocol
+    started = await deferred.started()
+    deferred.protocol = None
+    if isinstance(started, Deferred):
+        return DeferredTransport.of(deferred, protocol), protocol
+    return started
