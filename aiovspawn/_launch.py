@@ -138,6 +138,9 @@ def _load_core() -> None:
 
 _load_core()
 
+Scheduling: type = ladder.core.Scheduling if ladder.core is not None else type("Scheduling", (), {})
+"""A mixin for asyncio's loops; nothing where there is no C core."""
+
 
 def _after_fork_in_child() -> None:
     ladder.renew_lock()

@@ -7,6 +7,7 @@
 #define AIOVSPAWN_LAUNCHOBJECT_H
 
 #include "_oneshot.h"
+#include "_scheduling.h"
 
 /* What a CompletedProcess has, in the order in which it is set; see completed_names. */
 enum {
@@ -31,6 +32,7 @@ typedef struct {
     PyObject *core, *transports, *sweeping, *await_verdict; /* and those of what a LoopHub has */
     PyObject *nothing; /* () */
     PyObject *names[COMPLETED_NAMES];
+    struct scheduling scheduling;
 } core_state;
 
 typedef struct {

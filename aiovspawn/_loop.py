@@ -57,8 +57,8 @@ if sys.platform == "win32":
 
 else:
 
-    class EventLoop(SubprocessMixin, asyncio.SelectorEventLoop):  # type: ignore[misc]
-        """asyncio's selector event loop with fast subprocess methods."""
+    class EventLoop(SubprocessMixin, _launch.Scheduling, asyncio.SelectorEventLoop):  # type: ignore[misc]
+        """asyncio's selector event loop with fast subprocess methods, and call_soon() in C."""
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -755,6 +755,17 @@ def plain_of_another_hub(hub: _core.Hub) -> None:
         _core.launch_plain()  # type: ignore[call-arg]
 
 
+def call_soon(hub: _core.Hub) -> None:
+    loop = aiovspawn.new_event_loop()
+    handle = loop.call_soon(print, hub, context=contextvars.Context())
+    loop.call_soon(print)
+    handle.cancel()
+    loop.call_soon(loop.stop)
+    with pytest.raises(TypeError):
+        loop.call_soon()  # type: ignore[call-arg]
+    loop.close()
+
+
 LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub": lambda hub: _core.Hub(),
     "Hub.fileno": lambda hub: hub.fileno(),
@@ -796,6 +807,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.close_pipe": write,
     "Launch.pipe": lambda hub: finished(hub, b"/bin/true").pipe(0),
     "Launch.rusage": lambda hub: finished(hub, b"/bin/true").rusage(),
+    "Scheduling.call_soon": call_soon,
     "latest_hub": latest_hub,
     "launch_plain": lambda hub: (plain(hub), plain_of_another_hub(hub)),
     "rung": lambda hub: _core.rung(),
@@ -812,7 +824,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
 
 def entry_points() -> set[str]:
     names = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
-    for kind in (_core.Hub, _core.Launch, _core.Waiter):
+    for kind in (_core.Hub, _core.Launch, _core.Waiter, _core.Scheduling):
         methods = (name for name, value in vars(kind).items() if callable(value))
         names |= {f"{kind.__name__}.{name}" for name in methods if name[0] != "_"}
     return {name for name in names if not name.startswith("_")} | {"Hub"}

@@ -1,4 +1,5 @@
-"""CPython's own suites of asyncio's subprocesses, on every kind of loop that takes the fast path.
+"""CPython's own suites of asyncio's subprocesses, on every kind of loop that takes the fast path;
+and its suite of event loops on ours.
 
 They are those of the interpreter that runs the tests, and skipped only where it
 came without its `test` package.
@@ -18,6 +19,7 @@ import pytest
 from conftest import LOOP_FACTORIES
 from stdlib_differences import DIFFERENCES
 
+import aiovspawn
 from aiovspawn import _core
 
 pytest.importorskip("test.test_asyncio", reason="this Python came without its test package")
@@ -81,6 +83,11 @@ for _suite in SUITES:
             _name = f"Test_{_suite}_{_loop}{'_debug' * _debug}"
             _case = type(_name, (case_of(_suite, _factory, _debug),), {})
             globals()[_name] = pytest.mark.slow(_case) if _debug else _case
+
+
+class Test_loop(test_events.EventLoopTestsMixin, utils.TestCase):  # type: ignore[misc]
+    def create_event_loop(self) -> asyncio.AbstractEventLoop:
+        return aiovspawn.new_event_loop()
 
 
 def test_every_difference_names_a_test() -> None:
