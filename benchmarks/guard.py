@@ -16,12 +16,15 @@ Of 200 launches, one at a time, the difference between a run of 250 and one of 5
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,9 @@ FIGURES = Path(__file__).with_suffix(".json")
 FEW, MANY = 50, 250
 LAUNCHES = MANY - FEW
 TOLERANCE = 0.1
-RUNS = {"run_process_captured": 5, "create_captured": 3, "loop_captured": 3}
-"""Of which the least counts: how often the loop wakes up for two pipes and an exit is chance."""
+RUNS = {"run_process_captured": 5, "create": 5, "create_captured": 5, "loop_captured": 5}
+"""Of which the least counts, against the median that is committed: how often the loop wakes up for
+two pipes and an exit is chance."""
 PROGRAM = """
 import asyncio, sys
 import aiovspawn
@@ -94,9 +98,11 @@ def run(prefix: list[str], case: str, count: int) -> int:
     return process.pid
 
 
-def instructions(folder: str, case: str, count: int) -> int:
-    file = f"{folder}/{case}.{count}."
-    return min(instructions_once(file, case, count) for _ in range(RUNS.get(case, 1)))
+def instructions(folder: str, case: str, few: int, many: int, choose: Callable[[list[int]], int]) -> int:
+    """Of so many launches more; choose: one of several runs' figures."""
+    times = range(RUNS.get(case, 1))
+    file = f"{folder}/{case}."
+    return choose([instructions_once(file, case, many) - instructions_once(file, case, few) for _ in times])
 
 
 def instructions_once(file: str, case: str, count: int) -> int:
@@ -113,10 +119,10 @@ def system_calls(folder: str, case: str, count: int) -> Counts:
     return {line[1]: int(line[0]) for line in lines if len(line) == 2 and line[0].isdigit()}
 
 
-def measure(case: str) -> dict[str, Any]:
+def measure(case: str, choose: Callable[[list[int]], int]) -> dict[str, Any]:
     """Instructions of a launch, and its system calls by name."""
     with tempfile.TemporaryDirectory() as folder:
-        executed = instructions(folder, case, MANY) - instructions(folder, case, FEW)
+        executed = instructions(folder, case, FEW, MANY, choose)
         few, many = system_calls(folder, case, FEW), system_calls(folder, case, MANY)
     ignored = OF_MEMORY | CASES[case] | {"total"}
     # Rounded: now and then a launch is looked after by a timer.
@@ -148,7 +154,8 @@ def main() -> int:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     run([], "create", 1)  # what is imported has been compiled
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(CASES, pool.map(measure, CASES), strict=True))
+        choose = statistics.median_high if update else min
+        found = dict(zip(CASES, pool.map(functools.partial(measure, choose=choose), CASES), strict=True))
     figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
     print(f"{'a launch':22} {'instructions':>12} {'committed':>10}  system calls")
     for case, figure in found.items():
