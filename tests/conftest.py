@@ -25,6 +25,9 @@ from aiovspawn._launch import CORE_RUNGS, ladder
 
 HERE = Path(__file__).parent
 
+# A shell's background job ignores it; loop.remove_signal_handler() sets Python's handler.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
