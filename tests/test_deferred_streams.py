@@ -237,6 +237,7 @@ async def test_what_is_not_read_is_not_kept_without_limit() -> None:
     assert process.stderr is not None
     assert await process.stderr.read() == bytes(1_000_000)
     assert await reading == b"out\n"
+    assert await process.wait() == 0
 
 
 async def test_cancelled_reads_lose_nothing() -> None:
@@ -276,6 +277,7 @@ async def test_two_readers_of_one_stream(second: str) -> None:
         await getattr(reader_of(process), second)(*arguments)
     assert await first == b"out\n"
     assert not is_open(process)
+    assert await process.wait() == 0
 
 
 async def test_what_others_tell_the_reader() -> None:
@@ -314,6 +316,14 @@ async def test_opened_with_what_one_reader_has_had_already(tmp_path: Path) -> No
     assert await process.wait() == 0
 
 
+async def until_all_have_ended() -> None:
+    """An end of file may come before the exit."""
+    hub = hub_of(asyncio.get_running_loop())
+    assert hub is not None
+    while hub.transports:
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("kept", ["reader", "transport", "process", "pipe"])
 async def test_each_alone_keeps_what_it_needs(kept: str) -> None:
     process = await sh("echo out; sleep 0.1; echo more")
@@ -337,10 +347,7 @@ async def test_each_alone_keeps_what_it_needs(kept: str) -> None:
         assert not left.is_closing()
         left.pause_reading()
         left.resume_reading()
-        hub = hub_of(asyncio.get_running_loop())
-        assert hub is not None
-        while hub.transports:
-            await asyncio.sleep(0.001)
+    await until_all_have_ended()
 
 
 async def test_a_line_for_the_reader_that_alone_is_left() -> None:
@@ -353,6 +360,7 @@ async def test_a_line_for_the_reader_that_alone_is_left() -> None:
     assert await stderr.readline() == b"err\n"
     assert await stdout.read() == b"more\n"
     assert await stderr.read() == b""
+    await until_all_have_ended()
 
 
 async def test_reference_counting_frees_it_all() -> None:
