@@ -56,6 +56,7 @@ def sanitizers_of(compiler: str) -> bool:
     return subprocess.run(command, input=b"int main(void){return 0;}", capture_output=True).returncode == 0
 
 
+@pytest.mark.battery
 @pytest.mark.parametrize("number", range(len(CORE_RUNGS) + 1), ids=[*CORE_RUNGS, SHARED])
 @pytest.mark.parametrize("name", NAMES)
 def test_battery(battery: Path, name: str, number: int) -> None:

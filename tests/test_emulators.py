@@ -73,6 +73,7 @@ def plain_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # On the rung that launches take there; between a fork and the exec valgrind loses signals.
 @pytest.mark.slow
+@pytest.mark.battery
 @needs("valgrind")
 @pytest.mark.parametrize("name", sorted(set(NAMES) - NOT_ON_VALGRIND))
 def test_battery_under_valgrind(plain_battery: Path, name: str) -> None:
@@ -100,6 +101,7 @@ def aarch64_battery(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.battery
 @needs("qemu-x86_64")
 @pytest.mark.parametrize("rung", ["vfork", "fork"])
 @pytest.mark.parametrize("name", sorted(set(NAMES) - UNSHARED))
@@ -108,6 +110,7 @@ def test_battery_under_qemu(static_battery: Path, name: str, rung: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.battery
 @needs("qemu-aarch64")
 @needs("aarch64-linux-gnu-gcc")
 @pytest.mark.parametrize("rung", ["vfork", "fork"])
