@@ -165,10 +165,9 @@ static char **put_environ(struct block *block)
 
 /* ---- steps and pass_fds ------------------------------------------------------------ */
 
-/* A step is (op, a, b, data or None). */
-static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *ret_data)
+/* A step is (op, a, b, bytes or None). ret_data is borrowed. */
+static int parse_step(PyObject *item, struct spawn_step *ret_step, PyObject **ret_data)
 {
-    *ret_data = (Py_buffer){0};
     if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 4) {
         PyErr_SetString(PyExc_TypeError, "a step is a tuple of 4");
         return -1;
@@ -178,11 +177,12 @@ static int parse_step(PyObject *item, struct spawn_step *ret_step, Py_buffer *re
     ret_step->b = PyLong_AsLong(PyTuple_GET_ITEM(item, 2));
     if ((op == -1 || ret_step->a == -1 || ret_step->b == -1) && PyErr_Occurred())
         return -1;
-    PyObject *data = PyTuple_GET_ITEM(item, 3);
-    if (data != Py_None && PyObject_GetBuffer(data, ret_data, PyBUF_SIMPLE) < 0)
+    *ret_data = PyTuple_GET_ITEM(item, 3);
+    if (*ret_data != Py_None && !PyBytes_Check(*ret_data)) {
+        PyErr_SetString(PyExc_TypeError, "the data of a step is bytes");
         return -1;
+    }
     if (op < SPAWN_MAP_FD || op > SPAWN_SIGMASK) {
-        PyBuffer_Release(ret_data);
         PyErr_Format(PyExc_ValueError, "no such step: %ld", op);
         return -1;
     }
@@ -195,11 +195,10 @@ static size_t steps_size(PyObject *steps)
     size_t size = (size_t)PyTuple_GET_SIZE(steps) * sizeof(struct spawn_step) + 16;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(steps); i++) {
         struct spawn_step step;
-        Py_buffer data;
+        PyObject *data;
         if (parse_step(PyTuple_GET_ITEM(steps, i), &step, &data) < 0)
             return 0;
-        size += (size_t)data.len + 1 + 15;
-        PyBuffer_Release(&data);
+        size += (data == Py_None ? 0 : (size_t)PyBytes_GET_SIZE(data) + 1 + 15);
     }
     return size;
 }
@@ -209,13 +208,14 @@ static struct spawn_step *put_steps(struct block *block, PyObject *steps)
     size_t count = (size_t)PyTuple_GET_SIZE(steps);
     struct spawn_step *array = block_take(block, count * sizeof *array);
     for (size_t i = 0; array && i < count; i++) {
-        Py_buffer data;
+        PyObject *data;
         if (parse_step(PyTuple_GET_ITEM(steps, (Py_ssize_t)i), &array[i], &data) < 0)
             return NULL;
-        array[i].data = data.buf ? put_string(block, data.buf, (size_t)data.len) : NULL;
-        bool complete = !data.buf || array[i].data;
-        PyBuffer_Release(&data);
-        if (!complete)
+        array[i].data = NULL;
+        if (data == Py_None)
+            continue;
+        array[i].data = put_string(block, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data));
+        if (!array[i].data)
             return NULL;
     }
     return array;

@@ -609,6 +609,21 @@ static PyObject *core_memory_is_hidden(PyObject *Py_UNUSED(module), PyObject *Py
     return PyBool_FromLong(launch_memory_is_hidden());
 }
 
+/* has_items(dict, names, values) -> whether it has these very objects, in this order, and no others. */
+static PyObject *core_has_items(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 3 || !PyDict_Check(args[0]) || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2]))
+        return PyErr_Format(PyExc_TypeError, "has_items() takes a dict and two tuples");
+    Py_ssize_t size = PyTuple_GET_SIZE(args[1]), at = 0, i = 0;
+    PyObject *name, *value;
+    bool same = PyDict_GET_SIZE(args[0]) == size && PyTuple_GET_SIZE(args[2]) == size;
+    while (same && PyDict_Next(args[0], &at, &name, &value)) {
+        same = name == PyTuple_GET_ITEM(args[1], i) && value == PyTuple_GET_ITEM(args[2], i);
+        i++;
+    }
+    return PyBool_FromLong(same);
+}
+
 /* share_fds_from(fd): from which fd number on launches share the fd table; -1: the default. */
 static PyObject *core_share_fds_from(PyObject *Py_UNUSED(module), PyObject *argument)
 {
@@ -734,6 +749,7 @@ static PyMethodDef core_methods[] = {
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
     {"in_flight_before", core_in_flight_before, METH_O, NULL},
     {"memory_is_hidden", core_memory_is_hidden, METH_NOARGS, NULL},
+    {"has_items", (PyCFunction)(void (*)(void))core_has_items, METH_FASTCALL, NULL},
     {"share_fds_from", core_share_fds_from, METH_O, NULL},
     {"quiet_time", core_quiet_time, METH_O, NULL},
     {"probe", core_probe, METH_O, NULL},

@@ -200,8 +200,8 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
         steps = ladder.default_steps
     elif keywords == CAPTURE:
         output, steps = PIPE, ladder.default_steps
-    elif ladder.way == "core" and OWN.isdisjoint(keywords):
-        steps = ladder.plain_steps(keywords)
+    elif ladder.way == "core":
+        steps = ladder.plain_steps(keywords)  # those of Options, and of them alone
     if steps and ladder.way == "core":
         hub = ladder.core.latest_hub(ladder.latest.pair, loop)
         if hub is not None:

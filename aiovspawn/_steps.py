@@ -12,8 +12,8 @@ import resource
 import signal
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 from . import _core
@@ -472,7 +472,8 @@ def _keeps_capabilities(steps: Steps) -> bool:
 # ---- the same options once more -----------------------------------------------------------
 
 
-class _Remembered(NamedTuple):
+@dataclass(slots=True)
+class _Remembered:
     names: tuple[str, ...]
     values: tuple[Any, ...]
     """The very objects that were given."""
@@ -496,19 +497,15 @@ DEPENDENT_LIMITS = RAISING_LIMITS | {resource.RLIMIT_NPROC}
 """For these it matters what the parent's own are."""
 
 
-def _are_remembered(options: dict[str, Any], known: _Remembered) -> bool:
-    return (
-        len(options) == len(known.names)
-        and all(map(is_, options, known.names))
-        and all(map(is_, options.values(), known.values))
-        and known.mutable == known.copies
-    )
-
-
 def remembered_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions | None:
     """The steps of these options, if they are the same objects as before, and unchanged."""
     known = _remembered_whole
-    if known is None or known.changes_user is not changes_user or not _are_remembered(options, known):
+    if (
+        known is None
+        or known.changes_user is not changes_user
+        or not _core.has_items(options, known.names, known.values)
+        or known.mutable != known.copies
+    ):
         return None
     return known.checked
 
@@ -518,7 +515,11 @@ def plain_steps(options: dict[str, Any]) -> tuple[Step, ...] | None:
     if not options:
         return DEFAULT_STEPS
     known = _remembered_whole
-    if known is None or known.alone is None or not _are_remembered(options, known):
+    if (
+        known is None
+        or not _core.has_items(options, known.names, known.values)
+        or known.mutable != known.copies
+    ):
         return None
     return known.alone
 

@@ -814,6 +814,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "force_rung": lambda hub: (_core.force_rung("vfork"), _core.force_rung(None)),
     "reap_orphans": lambda hub: _core.reap_orphans(),
     "in_flight_before": lambda hub: _core.in_flight_before(2**63),
+    "has_items": lambda hub: _core.has_items({"a": 1}, ("a",), (1,)),
     "memory_is_hidden": lambda hub: _core.memory_is_hidden(),
     "probe": lambda hub: [_core.probe(name) for name in _core.FEATURES],
     "share_fds_from": lambda hub: _core.share_fds_from(-1),
