@@ -32,7 +32,7 @@ def build(folder: Path, compiler: str, options: list[str]) -> Path:
     return compile_program(folder / "battery", *options, f"-I{SOURCE}", *sources, compiler=compiler)
 
 
-SLOW_BUILDS = ("cc -O0", "gcc sanitized")
+SLOW_BUILDS = ("cc -O0", "gcc sanitized", "clang sanitized")
 
 
 @pytest.fixture(
