@@ -198,7 +198,7 @@ static size_t steps_size(PyObject *steps)
         PyObject *data;
         if (parse_step(PyTuple_GET_ITEM(steps, i), &step, &data) < 0)
             return 0;
-        size += (data == Py_None ? 0 : (size_t)PyBytes_GET_SIZE(data) + 1 + 15);
+        size += data == Py_None ? 0 : (size_t)PyBytes_GET_SIZE(data) + 1 + 15;
     }
     return size;
 }

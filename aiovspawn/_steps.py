@@ -485,6 +485,9 @@ class _Remembered:
     alone: tuple[Step, ...] | None
     """All steps of a launch without other keywords; None where the options ask for more than steps."""
 
+    def are(self, options: dict[str, Any]) -> bool:
+        return _core.has_items(options, self.names, self.values) and self.mutable == self.copies
+
 
 _remembered_whole: _Remembered | None = None
 _ids_before: tuple[int, ...] = ()
@@ -500,12 +503,7 @@ DEPENDENT_LIMITS = RAISING_LIMITS | {resource.RLIMIT_NPROC}
 def remembered_steps(options: dict[str, Any], changes_user: bool) -> CheckedOptions | None:
     """The steps of these options, if they are the same objects as before, and unchanged."""
     known = _remembered_whole
-    if (
-        known is None
-        or known.changes_user is not changes_user
-        or not _core.has_items(options, known.names, known.values)
-        or known.mutable != known.copies
-    ):
+    if known is None or known.changes_user is not changes_user or not known.are(options):
         return None
     return known.checked
 
@@ -515,13 +513,7 @@ def plain_steps(options: dict[str, Any]) -> tuple[Step, ...] | None:
     if not options:
         return DEFAULT_STEPS
     known = _remembered_whole
-    if (
-        known is None
-        or not _core.has_items(options, known.names, known.values)
-        or known.mutable != known.copies
-    ):
-        return None
-    return known.alone
+    return None if known is None or not known.are(options) else known.alone
 
 
 def remember_steps(options: dict[str, Any], changes_user: bool, checked: CheckedOptions) -> None:

@@ -109,6 +109,12 @@ def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any
         hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True, None, False)
 
 
+@pytest.mark.parametrize("step", [(7, 0, 0), [7, 0, 0, None], (7, 0, 0, bytearray(8)), (7, 0, 0, "x")])
+def test_what_is_no_step_is_a_type_error(hub: _core.Hub, step: Any) -> None:
+    with pytest.raises(TypeError, match="step is"):
+        hub.launch((b"/bin/true",), (), None, (0, 1, 2), (), (step,), True, -1, True, None, False)
+
+
 def test_list_that_shrinks_while_it_is_encoded(hub: _core.Hub) -> None:
     class Shrinking:
         def __fspath__(self) -> str:
