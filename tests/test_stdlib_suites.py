@@ -82,7 +82,8 @@ for _suite in SUITES:
         for _debug in False, True:
             _name = f"Test_{_suite}_{_loop}{'_debug' * _debug}"
             _case = type(_name, (case_of(_suite, _factory, _debug),), {})
-            globals()[_name] = pytest.mark.slow(_case) if _debug else _case
+            _slow = _debug or _loop == "attached_uvloop"  # of which each half is in another
+            globals()[_name] = pytest.mark.slow(_case) if _slow else _case
 
 
 class Test_loop(test_events.EventLoopTestsMixin, utils.TestCase):  # type: ignore[misc]
