@@ -12,7 +12,9 @@ as ratios to the plain launch of the same function in the same run:
 
 "all" has every option but cgroup and oom_score_adj, which take the vfork rung, and those that
 cost what they make: pty and the id maps; of the namespaces it has one that costs little.
---each measures every option alone. As root, or with fewer of them.
+controlling_terminal needs a terminal: "all, terminal" has it too, and is compared with a plain
+launch that has a terminal as its stdin. --each measures every option alone. As root, or with
+fewer of them.
 """
 
 from __future__ import annotations
@@ -71,7 +73,17 @@ ALONE: dict[str, dict[str, Any]] = {name: {name: value} for name, value in OPTIO
     "pty": {"pty": True},
 }
 ALONE["seccomp"]["no_new_privs"] = True
-SETS: dict[str, dict[str, Any]] = {"plain": {}, "all": OPTIONS}
+SETS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "all": OPTIONS,
+    "plain, terminal": {},
+    "all, terminal": OPTIONS | {"controlling_terminal": True},
+}
+
+
+def stdio(name: str) -> dict[str, Any]:
+    """For one task: a terminal is the controlling one of one session at a time."""
+    return {"stdin": os.openpty()[1]} if name.endswith("terminal") else {}
 
 
 async def launch(contender: str, options: dict[str, Any]) -> None:
@@ -93,12 +105,15 @@ async def watch_gaps(gaps: list[float]) -> None:
         before = now
 
 
-async def measure(contender: str, options: dict[str, Any], count: int, in_flight: int) -> dict[str, float]:
+async def measure(contender: str, name: str, count: int, in_flight: int) -> dict[str, float]:
+    given = SETS[name] if name in SETS else ALONE[name]
+    options = given | stdio(name)
     for _ in range(50):
         await launch(contender, options)
     left = iter(range(count))
 
     async def worker() -> None:
+        options = given | stdio(name)
         for _ in left:
             await launch(contender, options)
 
@@ -142,8 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         contender, name, count, in_flight = arguments.child
-        options = SETS[name] if name in SETS else ALONE[name]
-        row = aiovspawn.run(measure(contender, options, int(count), int(in_flight)))
+        row = aiovspawn.run(measure(contender, name, int(count), int(in_flight)))
         rungs = aiovspawn._core.counts()["rungs"]
         if name in SETS and not rungs[aiovspawn._core.rung()] == sum(rungs.values()):
             raise SystemExit(f"left the detached rung: {rungs}")
@@ -158,9 +172,9 @@ def main() -> None:
                     row = child(contender, name, arguments.count, arguments.in_flight)
                     rows.setdefault((contender, name), []).append(row)
     for contender in CONTENDERS:
-        plain = rows[contender, "plain"]
         print(contender)
         for name in names:
+            plain = rows[contender, "plain, terminal" if name.endswith("terminal") else "plain"]
             for column in plain[0] if (contender, name) in rows else ():
                 value = statistics.median(row[column] for row in rows[contender, name])
                 ratio = value / statistics.median(row[column] for row in plain)
