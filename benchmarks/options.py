@@ -13,8 +13,9 @@ as ratios to the plain launch of the same function in the same run:
 "all" has every option but cgroup and oom_score_adj, which take the vfork rung, and those that
 cost what they make: pty and the id maps; of the namespaces it has one that costs little.
 controlling_terminal needs a terminal: "all, terminal" has it too, and is compared with a plain
-launch that has a terminal as its stdin. --each measures every option alone. As root, or with
-fewer of them.
+launch that has a terminal as its stdin; "session, terminal" is one with start_new_session, which
+it implies: where each session is scheduled as a group (sched(7), autogroup), the parent is
+preempted more often. --each measures every option alone. As root, or with fewer of them.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ SETS: dict[str, dict[str, Any]] = {
     "plain": {},
     "all": OPTIONS,
     "plain, terminal": {},
+    "session, terminal": {"start_new_session": True},
     "all, terminal": OPTIONS | {"controlling_terminal": True},
 }
 
