@@ -762,6 +762,7 @@ for number in range(1000):
 """
 
 
+@pytest.mark.slow
 def test_forgotten_loop_may_be_collected_while_another_gets_its_hub(python: list[str]) -> None:
     """A lock held there was waited for by the closing of the loop that was collected."""
     subprocess.run([*python[:1], "-c", COLLECTED], check=True, timeout=60)

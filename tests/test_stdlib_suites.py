@@ -82,7 +82,7 @@ for _suite in SUITES:
         for _debug in False, True:
             _name = f"Test_{_suite}_{_loop}{'_debug' * _debug}"
             _case = type(_name, (case_of(_suite, _factory, _debug),), {})
-            _slow = _debug or _loop == "attached_uvloop"  # of which each half is in another
+            _slow = _debug or _loop.startswith("attached")  # the subprocess methods are those of our loops
             globals()[_name] = pytest.mark.slow(_case) if _slow else _case
 
 
