@@ -204,8 +204,9 @@ def stdio_is(fd: int, number: int) -> Iterator[None]:
         os.close(old)
 
 
-SLOW_RUNGS = ("detached-clone", "fork", SHARED)
-"""They have most of their code in common with the others; a default run spares their time."""
+SLOW_RUNGS = ("detached-clone", "fork", SHARED, "popen")
+"""They have most of their code in common with the others, or are few users' way; a default run
+spares their time."""
 
 
 def _params(*rungs: str) -> list[ParameterSet]:
