@@ -846,7 +846,8 @@ static int core_exec(PyObject *module)
         !state->core || !state->transports || !state->sweeping || !state->await_verdict)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
-        PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0)
+        PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
+        waking_init(&state->waking) < 0)
         return -1;
     if (add_names(module, "STEP_NAMES", spawn_step_names, SPAWN_OPS) < 0 ||
         add_names(module, "FEATURES", probe_names, PROBES) < 0)
@@ -860,7 +861,8 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->hub_type);
     Py_VISIT(state->launch_type);
     Py_VISIT(state->waiter_type);
-    return scheduling_traverse(&state->scheduling, visit, arg);
+    int result = waking_traverse(&state->waking, visit, arg);
+    return result ? result : scheduling_traverse(&state->scheduling, visit, arg);
 }
 
 static int core_clear(PyObject *module)
@@ -878,6 +880,7 @@ static int core_clear(PyObject *module)
     for (int i = 0; i < COMPLETED_NAMES; i++)
         Py_CLEAR(state->names[i]);
     scheduling_clear(&state->scheduling);
+    waking_clear(&state->waking);
     return 0;
 }
 

@@ -8,6 +8,7 @@
 
 #include "_oneshot.h"
 #include "_scheduling.h"
+#include "_waiter.h"
 
 /* What a CompletedProcess has, in the order in which it is set; see completed_names. */
 enum {
@@ -33,6 +34,7 @@ typedef struct {
     PyObject *nothing; /* () */
     PyObject *names[COMPLETED_NAMES];
     struct scheduling scheduling;
+    struct waking waking;
 } core_state;
 
 typedef struct {

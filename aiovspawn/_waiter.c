@@ -1,7 +1,9 @@
 /* What a task waits for: see _waiter.h, and asyncio.Task for the protocol. */
+#include "_launchobject.h"
 #include "_waiter.h"
 
 #include <stddef.h>
+#include <string.h>
 #include <structmember.h>
 
 typedef struct {
@@ -125,6 +127,74 @@ static int wake_soon(Waiter *self)
     return 0;
 }
 
+static PyObject *new_result(PyObject *future_type)
+{
+    PyObject *types = PyImport_ImportModule("types"), *future = NULL, *result = NULL;
+    PyObject *loop = types ? PyObject_CallMethod(types, "SimpleNamespace", NULL) : NULL;
+    if (loop && PyObject_SetAttrString(loop, "get_debug", (PyObject *)&PyBool_Type) == 0) {
+        PyObject *keywords = Py_BuildValue("{sO}", "loop", loop), *nothing = PyTuple_New(0);
+        future = keywords && nothing ? PyObject_Call(future_type, nothing, keywords) : NULL;
+        result = future ? PyObject_CallMethod(future, "set_result", "O", Py_None) : NULL;
+        Py_XDECREF(keywords);
+        Py_XDECREF(nothing);
+    }
+    if (!result)
+        Py_CLEAR(future);
+    Py_XDECREF(result);
+    Py_XDECREF(loop);
+    Py_XDECREF(types);
+    return future;
+}
+
+/* asyncio.Task and a finished asyncio.Future, both written in C; where asyncio is without them, NULL. */
+int waking_init(struct waking *waking)
+{
+    PyObject *module = PyImport_ImportModule("_asyncio");
+    if (!module && PyErr_ExceptionMatches(PyExc_ImportError)) {
+        PyErr_Clear();
+        return 0;
+    }
+    PyObject *future_type = module ? PyObject_GetAttrString(module, "Future") : NULL;
+    waking->result = future_type ? new_result(future_type) : NULL;
+    waking->task_type = waking->result ? PyObject_GetAttrString(module, "Task") : NULL;
+    Py_XDECREF(future_type);
+    Py_XDECREF(module);
+    return waking->task_type ? 0 : -1;
+}
+
+int waking_traverse(struct waking *waking, visitproc visit, void *arg)
+{
+    Py_VISIT(waking->task_type);
+    Py_VISIT(waking->result);
+    return 0;
+}
+
+void waking_clear(struct waking *waking)
+{
+    Py_CLEAR(waking->task_type);
+    Py_CLEAR(waking->result);
+}
+
+/* Whether it is the wakeup of a task written in C, which wants of what it is given no more than the
+ * result. */
+static bool is_wakeup(PyObject *callback, PyObject *task_type)
+{
+    if (!task_type || !PyCFunction_CheckExact(callback))
+        return false;
+    PyObject *task = PyCFunction_GET_SELF(callback);
+    return task && PyObject_TypeCheck(task, (PyTypeObject *)task_type) &&
+           strcmp(((PyCFunctionObject *)callback)->m_ml->ml_name, "task_wakeup") == 0;
+}
+
+/* What the callback is to ask for the result. A task asks a future of asyncio without a call, which
+ * the lookup of result() here would make 1,500 instructions. */
+static PyObject *result_for(Waiter *self, PyObject *callback)
+{
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    bool plain = !self->error && is_wakeup(callback, state->waking.task_type);
+    return Py_NewRef(plain ? state->waking.result : (PyObject *)self);
+}
+
 /* Calls the task's wakeup, which runs the task at once; in the next turn of the loop where its
  * context cannot be entered. */
 static PyObject *wake(Waiter *self)
@@ -136,7 +206,9 @@ static PyObject *wake(Waiter *self)
     }
     self->callback = self->context = NULL;
     Py_CLEAR(self->loop);
-    PyObject *result = PyObject_CallOneArg(callback, (PyObject *)self);
+    PyObject *done = result_for(self, callback);
+    PyObject *result = PyObject_CallOneArg(callback, done);
+    Py_DECREF(done);
     if (PyContext_Exit(context) < 0)
         Py_CLEAR(result);
     Py_DECREF(callback);

@@ -14,6 +14,15 @@
 
 extern PyType_Spec waiter_spec;
 
+/* What the module has for waking tasks. */
+struct waking {
+    PyObject *task_type, *result;
+};
+
+int waking_init(struct waking *waking);
+int waking_traverse(struct waking *waking, visitproc visit, void *arg);
+void waking_clear(struct waking *waking);
+
 PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage);
 int waiter_stage(PyObject *self);
 bool waiter_is_waiting(PyObject *self);

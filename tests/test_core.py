@@ -671,12 +671,17 @@ def waiter(hub: _core.Hub) -> None:
         loop.run_until_complete(task)
         assert waiting.done()
 
-    run(lambda waiting, task: waiting.finish(True, None))
-    run(lambda waiting, task: waiting.finish(False, None))
-    with pytest.raises(KeyError):
-        run(lambda waiting, task: waiting.finish(True, KeyError("x")))
-    with pytest.raises(asyncio.CancelledError, match="why"):
-        run(lambda waiting, task: task.cancel("why"))
+    class Task(asyncio.Task):  # type: ignore[type-arg]
+        pass
+
+    for kind in (asyncio.Task, Task, asyncio.tasks._PyTask):  # type: ignore[attr-defined]
+        loop.set_task_factory(lambda loop, coroutine, kind=kind, **more: kind(coroutine, loop=loop, **more))  # type: ignore[misc]
+        run(lambda waiting, task: waiting.finish(True, None))
+        run(lambda waiting, task: waiting.finish(False, None))
+        with pytest.raises(KeyError):
+            run(lambda waiting, task: waiting.finish(True, KeyError("x")))
+        with pytest.raises(asyncio.CancelledError, match="why"):
+            run(lambda waiting, task: task.cancel("why"))
     finished = _core.Waiter(loop)
     finished.finish(True, KeyError("x"))
     with pytest.raises(KeyError):
