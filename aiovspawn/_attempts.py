@@ -99,8 +99,10 @@ def launch_plain(
     stdout, stderr: None or PIPE. steps: see plain_steps(). limit, pauses: as launch() has them. Who
     takes it over has a Plain for it.
     """
+    if not hub.sweeping:
+        hub.await_verdict()  # before: there would be nobody to undo the launch
     try:
-        return _core.launch_plain(hub, args, stdout, stderr, steps, limit, pauses)
+        return hub.core.launch_plain(hub.transports, args, stdout, stderr, steps, limit, pauses)
     except OSError as exc:
         raise plain_failure(args, stdout, stderr, steps, exc) from None
 

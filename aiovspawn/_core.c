@@ -317,13 +317,19 @@ static LaunchObject *launch_arguments(HubObject *self, PyObject *arguments, stru
     return (LaunchObject *)launch;
 }
 
-/* What launch_plain() takes, after the hub. */
-enum { PLAIN_ARGUMENTS, PLAIN_STDOUT, PLAIN_STDERR, PLAIN_STEPS, PLAIN_LIMIT, PLAIN_PAUSES, PLAIN_COUNT };
+/* What launch_plain() takes. */
+enum { PLAIN_TRANSPORTS, PLAIN_ARGUMENTS, PLAIN_STDOUT, PLAIN_STDERR, PLAIN_STEPS, PLAIN_LIMIT, PLAIN_PAUSES, PLAIN_COUNT };
 
-/* A launch without subprocess's keywords, which is among the transports, a dict, if it is in one
- * shot; or None, with nothing done: they are not that plain. */
-static PyObject *plain_launch(HubObject *self, PyObject *const given[PLAIN_COUNT], PyObject *transports)
+/* launch_plain(transports, arguments, stdout, stderr, steps, limit, pauses): a launch without subprocess's
+ * keywords, which is among the transports, a dict, if it is in one shot; or None, with nothing done:
+ * they are not that plain. */
+static PyObject *Hub_launch_plain(HubObject *self, PyObject *const *given, Py_ssize_t count)
 {
+    if (count != PLAIN_COUNT)
+        return PyErr_Format(PyExc_TypeError, "launch_plain() takes 7 arguments (%zd given)", count);
+    PyObject *transports = given[PLAIN_TRANSPORTS];
+    if (!PyDict_Check(transports))
+        return PyErr_Format(PyExc_TypeError, "transports must be a dict");
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
     struct launch_arguments args = {
         .pass_fds = state->nothing,
@@ -565,6 +571,7 @@ static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
 
 static PyMethodDef Hub_methods[] = {
     {"launch", (PyCFunction)(void (*)(void))Hub_launch, METH_FASTCALL, NULL},
+    {"launch_plain", (PyCFunction)(void (*)(void))Hub_launch_plain, METH_FASTCALL, NULL},
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
     {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
     {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
@@ -708,42 +715,8 @@ static PyObject *core_latest_hub(PyObject *Py_UNUSED(module), PyObject *const *a
     return hub ? hub : Py_NewRef(Py_None);
 }
 
-/* Has the hub look after a launch whose status pipe some stranger may hold open, for some time. */
-static int await_verdict(core_state *state, PyObject *hub)
-{
-    PyObject *sweeping = PyObject_GetAttr(hub, state->sweeping), *result = NULL;
-    Py_XDECREF(sweeping);
-    if (!sweeping || sweeping == Py_True)
-        return sweeping ? 0 : -1;
-    result = PyObject_CallMethodNoArgs(hub, state->await_verdict);
-    Py_XDECREF(result);
-    return result ? 0 : -1;
-}
-
-/* launch_plain(hub, arguments, stdout, stderr, steps, limit, pauses): see plain_launch(). hub: a LoopHub,
- * which is told to look after it. */
-static PyObject *core_launch_plain(PyObject *module, PyObject *const *given, Py_ssize_t count)
-{
-    core_state *state = PyModule_GetState(module);
-    PyObject *launch = NULL;
-    if (count != PLAIN_COUNT + 1)
-        return PyErr_Format(PyExc_TypeError, "launch_plain() takes 7 arguments (%zd given)", count);
-    if (await_verdict(state, given[0]) < 0) /* before: there would be nobody to undo the launch */
-        return NULL;
-    PyObject *core = PyObject_GetAttr(given[0], state->core);
-    PyObject *transports = core ? PyObject_GetAttr(given[0], state->transports) : NULL;
-    if (transports && Py_IS_TYPE(core, state->hub_type) && PyDict_Check(transports))
-        launch = plain_launch((HubObject *)core, &given[1], transports);
-    else if (transports)
-        PyErr_SetString(PyExc_TypeError, "launch_plain() takes a LoopHub");
-    Py_XDECREF(core);
-    Py_XDECREF(transports);
-    return launch;
-}
-
 static PyMethodDef core_methods[] = {
     {"latest_hub", (PyCFunction)(void (*)(void))core_latest_hub, METH_FASTCALL, NULL},
-    {"launch_plain", (PyCFunction)(void (*)(void))core_launch_plain, METH_FASTCALL, NULL},
     {"rung", core_rung, METH_NOARGS, NULL},
     {"force_rung", core_force_rung, METH_O, NULL},
     {"reap_orphans", core_reap_orphans, METH_NOARGS, NULL},
@@ -833,17 +806,12 @@ static int core_exec(PyObject *module)
     state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
-    state->core = PyUnicode_InternFromString("core");
-    state->transports = PyUnicode_InternFromString("transports");
-    state->sweeping = PyUnicode_InternFromString("sweeping");
-    state->await_verdict = PyUnicode_InternFromString("await_verdict");
     state->nothing = PyTuple_New(0);
     for (int i = 0; i < COMPLETED_NAMES; i++)
         if (!(state->names[i] = PyUnicode_InternFromString(completed_names[i])))
             return -1;
     state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
-    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing ||
-        !state->core || !state->transports || !state->sweeping || !state->await_verdict)
+    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
@@ -872,10 +840,6 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->launch_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
-    Py_CLEAR(state->core);
-    Py_CLEAR(state->transports);
-    Py_CLEAR(state->sweeping);
-    Py_CLEAR(state->await_verdict);
     Py_CLEAR(state->nothing);
     for (int i = 0; i < COMPLETED_NAMES; i++)
         Py_CLEAR(state->names[i]);

@@ -132,6 +132,17 @@ class Hub:
         pauses: bool,
         /,
     ) -> Launch: ...
+    def launch_plain(
+        self,
+        transports: dict[int, Any],
+        arguments: Any,
+        stdout: Any,
+        stderr: Any,
+        steps: tuple[tuple[int, int, int, bytes | None], ...],
+        limit: int | None,
+        pauses: bool,
+        /,
+    ) -> Launch | None: ...
     def adopt(self, pid: int, ends: tuple[int, int, int], limit: int | None, /) -> Launch: ...
     def drain(self, events: deque[tuple[int, int, Any]], transports: dict[int, Any] = ..., /) -> None: ...
     def sweep(self, events: deque[tuple[int, int, Any]], transports: dict[int, Any] = ..., /) -> None: ...
@@ -143,16 +154,6 @@ def latest_hub(
     loop: asyncio.AbstractEventLoop,
     /,
 ) -> LoopHub | None: ...
-def launch_plain(
-    hub: LoopHub,
-    arguments: Any,
-    stdout: Any,
-    stderr: Any,
-    steps: tuple[tuple[int, int, int, bytes | None], ...],
-    limit: int | None,
-    pauses: bool,
-    /,
-) -> Launch | None: ...
 def rung() -> str: ...
 def force_rung(name: str | None, /) -> None: ...
 def reap_orphans() -> int: ...

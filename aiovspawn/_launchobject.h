@@ -30,7 +30,6 @@ typedef struct {
     PyTypeObject *launch_type;
     PyTypeObject *waiter_type;
     PyObject *extend;  /* the name of deque's method */
-    PyObject *core, *transports, *sweeping, *await_verdict; /* and those of what a LoopHub has */
     PyObject *nothing; /* () */
     PyObject *names[COMPLETED_NAMES];
     struct scheduling scheduling;

@@ -205,8 +205,10 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
     if steps and ladder.way == "core":
         hub = ladder.core.latest_hub(ladder.latest.pair, loop)
         if hub is not None:
+            if not hub.sweeping:
+                hub.await_verdict()
             try:
-                launch = ladder.core.launch_plain(hub, args, output, output, steps, -1, False)
+                launch = hub.core.launch_plain(hub.transports, args, output, output, steps, -1, False)
             except OSError as exc:
                 raise ladder.plain_failure(args, output, output, steps, exc) from None
     if launch is None:
