@@ -8,6 +8,7 @@
 
 typedef struct {
     PyObject_HEAD
+    vectorcallfunc call;          /* ask() */
     PyObject *loop;               /* NULL when the task is being woken at once */
     PyObject *callback, *context; /* the waiting task's; NULL before it waits and when it is being woken */
     PyObject *message;            /* of the cancellation */
@@ -19,10 +20,13 @@ typedef struct {
     bool left; /* who awaited it was cancelled, and has not come again */
 } Waiter;
 
+static PyObject *ask(PyObject *object, PyObject *const *args, size_t count, PyObject *names);
+
 PyObject *waiter_new(PyTypeObject *type, PyObject *loop, int stage)
 {
     Waiter *self = (Waiter *)type->tp_alloc(type, 0);
     if (self) {
+        self->call = ask;
         self->loop = Py_NewRef(loop);
         self->stage = stage;
     }
@@ -146,9 +150,18 @@ static PyObject *new_result(PyObject *future_type)
     return future;
 }
 
+static const char *const waiter_names[WAITER_NAMES] = {
+    [WAITER_BLOCKING] = "_asyncio_future_blocking",
+    [WAITER_GET_LOOP] = "get_loop",
+    [WAITER_ADD_DONE_CALLBACK] = "add_done_callback",
+};
+
 /* asyncio.Task and a finished asyncio.Future, both written in C; where asyncio is without them, NULL. */
 int waking_init(struct waking *waking)
 {
+    for (int i = 0; i < WAITER_NAMES; i++)
+        if (!(waking->names[i] = PyUnicode_InternFromString(waiter_names[i])))
+            return -1;
     PyObject *module = PyImport_ImportModule("_asyncio");
     if (!module && PyErr_ExceptionMatches(PyExc_ImportError)) {
         PyErr_Clear();
@@ -173,6 +186,8 @@ void waking_clear(struct waking *waking)
 {
     Py_CLEAR(waking->task_type);
     Py_CLEAR(waking->result);
+    for (int i = 0; i < WAITER_NAMES; i++)
+        Py_CLEAR(waking->names[i]);
 }
 
 /* Whether it is the wakeup of a task written in C, which wants of what it is given no more than the
@@ -313,14 +328,17 @@ static PyObject *Waiter_next(Waiter *self)
     return Py_NewRef(self);
 }
 
-static PyObject *Waiter_get_loop(Waiter *self, PyObject *Py_UNUSED(unused))
-{
-    return Py_NewRef(self->loop ? self->loop : Py_None);
-}
+/* What a task asks of it by name at each await, and of nobody else does. The general way costs 300
+ * instructions an attribute, and as many again for the object that a method is: so its get_loop and
+ * its add_done_callback are itself, which tells by the arguments as which of them it is called. */
 
-/* add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
-static PyObject *Waiter_add_done_callback(Waiter *self, PyObject *const *args, Py_ssize_t count, PyObject *names)
+/* get_loop(), or add_done_callback(callback, *, context): a task's wakeup, and there is one task. */
+static PyObject *ask(PyObject *object, PyObject *const *args, size_t count, PyObject *names)
 {
+    Waiter *self = (Waiter *)object;
+    count = (size_t)PyVectorcall_NARGS(count);
+    if (count == 0 && !names)
+        return Py_NewRef(self->loop ? self->loop : Py_None);
     if (count != 1 || !names || PyTuple_GET_SIZE(names) != 1 || self->callback || !self->loop) {
         PyErr_SetString(PyExc_TypeError, "this is awaited by one task, and by nobody else");
         return NULL;
@@ -331,18 +349,52 @@ static PyObject *Waiter_add_done_callback(Waiter *self, PyObject *const *args, P
     Py_RETURN_NONE;
 }
 
+/* Which of the names it is, WAITER_NAMES for none. Of two interned strings none equals the other. */
+static int find_name(PyObject *self, PyObject *name)
+{
+    core_state *state = PyType_GetModuleState(Py_TYPE(self));
+    PyObject *const *names = state->waking.names;
+    int i = 0;
+    while (i < WAITER_NAMES && name != names[i])
+        i++;
+    if (i == WAITER_NAMES && PyUnicode_Check(name) && !PyUnicode_CHECK_INTERNED(name))
+        for (i = 0; i < WAITER_NAMES && PyUnicode_Compare(name, names[i]) != 0;)
+            i++;
+    return i;
+}
+
+static PyObject *Waiter_getattro(PyObject *self, PyObject *name)
+{
+    switch (find_name(self, name)) {
+    case WAITER_BLOCKING:
+        return PyBool_FromLong(((Waiter *)self)->blocking);
+    case WAITER_GET_LOOP:
+    case WAITER_ADD_DONE_CALLBACK:
+        return Py_NewRef(self);
+    }
+    return PyObject_GenericGetAttr(self, name);
+}
+
+static int Waiter_setattro(PyObject *self, PyObject *name, PyObject *value)
+{
+    if (find_name(self, name) != WAITER_BLOCKING)
+        return PyObject_GenericSetAttr(self, name, value);
+    int blocking = value ? PyObject_IsTrue(value) : 0;
+    if (blocking >= 0)
+        ((Waiter *)self)->blocking = (char)blocking;
+    return blocking < 0 ? -1 : 0;
+}
+
 static PyMethodDef Waiter_methods[] = {
     {"done", (PyCFunction)Waiter_done, METH_NOARGS, NULL},
     {"finish", (PyCFunction)(void (*)(void))Waiter_finish, METH_FASTCALL, NULL},
-    {"get_loop", (PyCFunction)Waiter_get_loop, METH_NOARGS, NULL},
-    {"add_done_callback", (PyCFunction)(void (*)(void))Waiter_add_done_callback, METH_FASTCALL | METH_KEYWORDS, NULL},
     {"cancel", (PyCFunction)(void (*)(void))Waiter_cancel, METH_VARARGS | METH_KEYWORDS, NULL},
     {"result", (PyCFunction)Waiter_result, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef Waiter_members[] = {
-    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Waiter, call), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -350,6 +402,9 @@ static PyType_Slot Waiter_slots[] = {
     {Py_tp_doc, (void *)"What one task waits for, and is woken by with no turn of the loop in between."},
     {Py_tp_new, (void *)Waiter_new},
     {Py_tp_dealloc, (void *)Waiter_dealloc},
+    {Py_tp_getattro, (void *)Waiter_getattro},
+    {Py_tp_setattro, (void *)Waiter_setattro},
+    {Py_tp_call, (void *)PyVectorcall_Call},
     {Py_tp_traverse, (void *)Waiter_traverse},
     {Py_tp_clear, (void *)Waiter_clear},
     {Py_am_await, (void *)Waiter_await},
@@ -362,6 +417,6 @@ static PyType_Slot Waiter_slots[] = {
 PyType_Spec waiter_spec = {
     .name = "aiovspawn._core.Waiter",
     .basicsize = sizeof(Waiter),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = Waiter_slots,
 };

@@ -14,8 +14,12 @@
 
 extern PyType_Spec waiter_spec;
 
+/* What the tasks of asyncio ask by name. */
+enum { WAITER_BLOCKING, WAITER_GET_LOOP, WAITER_ADD_DONE_CALLBACK, WAITER_NAMES };
+
 /* What the module has for waking tasks. */
 struct waking {
+    PyObject *names[WAITER_NAMES];
     PyObject *task_type, *result;
 };
 

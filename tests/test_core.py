@@ -408,6 +408,7 @@ def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
     woken: list[_core.Waiter] = []
     assert next(waiting.__await__()) is waiting
     assert waiting._asyncio_future_blocking is True
+    assert getattr(waiting, "_asyncio_future_".join(("", "blocking"))) is True  # no interned name
     waiting._asyncio_future_blocking = False
     waiting.add_done_callback(woken.append, context=contextvars.copy_context())
     return woken
@@ -679,6 +680,14 @@ def waiter(hub: _core.Hub) -> None:
     forgotten.finish(False, ValueError(forgotten))  # what has itself is collected
     with pytest.raises(TypeError):
         _core.Waiter()  # type: ignore[call-arg]
+    for name in ("x", "get_loops", 1):
+        with pytest.raises((AttributeError, TypeError)):
+            getattr(finished, name)  # type: ignore[arg-type]
+        with pytest.raises((AttributeError, TypeError)):
+            setattr(finished, name, 1)  # type: ignore[arg-type]
+    for arguments in ((), (print, print)):
+        with pytest.raises(TypeError, match="one task"):
+            finished(*arguments, loop=None)  # type: ignore[operator]
     loop.close()
 
 
@@ -787,8 +796,6 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.stream": streamed,
     "Launch.set_limit": streamed,
     "Launch.take_output": taken,
-    "Waiter.get_loop": waiter,
-    "Waiter.add_done_callback": waiter,
     "Waiter.cancel": waiter,
     "Waiter.result": waiter,
     "Waiter.done": waiter,
