@@ -332,7 +332,7 @@ static PyObject *Hub_launch_plain(HubObject *self, PyObject *const *given, Py_ss
         return PyErr_Format(PyExc_TypeError, "transports must be a dict");
     core_state *state = PyType_GetModuleState(Py_TYPE(self));
     struct launch_arguments args = {
-        .pass_fds = state->nothing,
+        .pass_fds = state->completing.nothing,
         .steps = given[PLAIN_STEPS],
         .stdio = {SPAWN_INHERIT, SPAWN_INHERIT, SPAWN_INHERIT},
         .close_fds = true,
@@ -476,11 +476,11 @@ static int tell(LaunchObject *launch, const struct hub_event *event, PyObject *t
 {
     if ((int)event->kind == ONESHOT_FINISHED) {
         PyObject *id = PyLong_FromUnsignedLongLong(event->id);
-        int held = id ? PyDict_Contains(transports, id) : -1;
-        int result = held > 0 ? PyDict_DelItem(transports, id) : held;
+        int result = id ? PyDict_DelItem(transports, id) : -1;
         Py_XDECREF(id);
-        if (result < 0)
+        if (result < 0 && !PyErr_ExceptionMatches(PyExc_KeyError)) /* it need not be there */
             return -1;
+        PyErr_Clear();
     }
     PyObject *result = launch_object_tell(launch, (int)event->kind, event->value, (int)event->step);
     Py_XDECREF(result);
@@ -806,12 +806,10 @@ static int core_exec(PyObject *module)
     state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
     state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
     state->extend = PyUnicode_InternFromString("extend");
-    state->nothing = PyTuple_New(0);
-    for (int i = 0; i < COMPLETED_NAMES; i++)
-        if (!(state->names[i] = PyUnicode_InternFromString(completed_names[i])))
-            return -1;
+    if (completing_init(&state->completing) < 0)
+        return -1;
     state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
-    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing)
+    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
@@ -829,7 +827,8 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->hub_type);
     Py_VISIT(state->launch_type);
     Py_VISIT(state->waiter_type);
-    int result = waking_traverse(&state->waking, visit, arg);
+    int result = completing_traverse(&state->completing, visit, arg);
+    result = result ? result : waking_traverse(&state->waking, visit, arg);
     return result ? result : scheduling_traverse(&state->scheduling, visit, arg);
 }
 
@@ -840,9 +839,7 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->launch_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
-    Py_CLEAR(state->nothing);
-    for (int i = 0; i < COMPLETED_NAMES; i++)
-        Py_CLEAR(state->names[i]);
+    completing_clear(&state->completing);
     scheduling_clear(&state->scheduling);
     waking_clear(&state->waking);
     return 0;

@@ -117,8 +117,6 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
 {
     struct hub *hub = launch->hub;
     struct epoll_event unused = {0};
-    if (!launch->watched[slot] && !launch->quiet)
-        return;
     if ((launch->watched[slot] & ~(uint32_t)EPOLLONESHOT) && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
         (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, launch_slot_fd(launch, slot), &unused);
     launch->watched[slot] = 0;

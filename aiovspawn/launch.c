@@ -281,14 +281,15 @@ int launch_slot_fd(const struct launch *launch, enum launch_slot slot)
 void launch_close_slot_locked(struct launch *launch, enum launch_slot slot)
 {
     int *fd = slot_fd(launch, slot), old = *fd;
+    if (old < 0)
+        return; /* nor is it watched */
     hub_unwatch_locked(launch, slot);
     *fd = -1;
     if (slot <= LAUNCH_STDERR && launch->grown[slot]) {
         launch->grown[slot] = false;
         counts.grown_pipes--;
     }
-    if (old >= 0)
-        (void)close(old);
+    (void)close(old);
 }
 
 static void set_sharing_locked(struct launch *launch, bool shares)
