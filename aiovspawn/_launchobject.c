@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <structmember.h>
 #include <time.h>
 
 PyObject *core_raise_errno(int negative)
@@ -523,11 +524,68 @@ static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
     return outcome;
 }
 
-const char *const completed_names[COMPLETED_NAMES] = {
+static const char *const completed_names[COMPLETED_NAMES] = {
     [COMPLETED_ARGS] = "args",     [COMPLETED_RETURNCODE] = "returncode", [COMPLETED_STDOUT] = "stdout",
     [COMPLETED_STDERR] = "stderr", [COMPLETED_PID] = "pid",               [COMPLETED_DURATION] = "duration",
     [COMPLETED_USAGE] = "_usage",
 };
+
+/* Of a type's attributes, those that are slots; they are looked up once for the type that was the last. */
+static int find_slots(struct completing *completing, PyTypeObject *type)
+{
+    if (completing->type == type)
+        return 0;
+    Py_XSETREF(completing->type, NULL);
+    for (int i = 0; i < COMPLETED_NAMES; i++) {
+        PyObject *found = PyObject_GetAttr((PyObject *)type, completing->names[i]);
+        if (!found && !PyErr_ExceptionMatches(PyExc_AttributeError))
+            return -1;
+        PyErr_Clear();
+        bool is_slot = found && Py_IS_TYPE(found, &PyMemberDescr_Type) &&
+                       PyType_IsSubtype(type, ((PyMemberDescrObject *)found)->d_common.d_type);
+        completing->slots[i] = is_slot ? ((PyMemberDescrObject *)found)->d_member : NULL;
+        Py_XDECREF(found);
+    }
+    completing->type = (PyTypeObject *)Py_NewRef(type);
+    return 0;
+}
+
+/* An instance of the type that find_slots() was asked for, without a call of __init__(). */
+static PyObject *new_completed(struct completing *completing, PyObject *const values[COMPLETED_NAMES])
+{
+    PyTypeObject *type = completing->type;
+    PyObject *completed = type->tp_new(type, completing->nothing, NULL);
+    for (int i = 0; completed && i < COMPLETED_NAMES; i++) {
+        int result = completing->slots[i] ? PyMember_SetOne((char *)completed, completing->slots[i], values[i])
+                                          : PyObject_SetAttr(completed, completing->names[i], values[i]);
+        if (result < 0)
+            Py_CLEAR(completed);
+    }
+    return completed;
+}
+
+int completing_init(struct completing *completing)
+{
+    completing->nothing = PyTuple_New(0);
+    for (int i = 0; i < COMPLETED_NAMES; i++)
+        if (!(completing->names[i] = PyUnicode_InternFromString(completed_names[i])))
+            return -1;
+    return completing->nothing ? 0 : -1;
+}
+
+int completing_traverse(struct completing *completing, visitproc visit, void *arg)
+{
+    Py_VISIT(completing->type);
+    return 0;
+}
+
+void completing_clear(struct completing *completing)
+{
+    Py_CLEAR(completing->type);
+    Py_CLEAR(completing->nothing);
+    for (int i = 0; i < COMPLETED_NAMES; i++)
+        Py_CLEAR(completing->names[i]);
+}
 
 /* completed(type, args) -> an instance of a CompletedProcess with the outcome(), or None: there is none. */
 static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
@@ -537,16 +595,13 @@ static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_
         return PyErr_Format(PyExc_TypeError, "completed() takes a type and arguments");
     if (!has_outcome(self))
         Py_RETURN_NONE;
-    core_state *state = PyType_GetModuleState(Py_TYPE(self));
-    PyTypeObject *type = (PyTypeObject *)args[0];
-    PyObject *completed = type->tp_new(type, state->nothing, NULL);
+    struct completing *completing = &((core_state *)PyType_GetModuleState(Py_TYPE(self)))->completing;
     PyObject *duration = PyFloat_FromDouble(seconds() - self->begun);
-    if (!completed || !duration || !take_outcome(self, items)) {
-        Py_XDECREF(completed);
+    if (!duration || find_slots(completing, (PyTypeObject *)args[0]) < 0 || !take_outcome(self, items)) {
         Py_XDECREF(duration);
         return NULL;
     }
-    PyObject *values[COMPLETED_NAMES] = {
+    PyObject *completed = new_completed(completing, (PyObject *[COMPLETED_NAMES]){
         [COMPLETED_ARGS] = args[1],
         [COMPLETED_RETURNCODE] = items[0],
         [COMPLETED_STDOUT] = items[2],
@@ -554,10 +609,7 @@ static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_
         [COMPLETED_PID] = items[1],
         [COMPLETED_DURATION] = duration,
         [COMPLETED_USAGE] = items[4],
-    };
-    for (int i = 0; completed && i < COMPLETED_NAMES; i++)
-        if (PyObject_SetAttr(completed, state->names[i], values[i]) < 0)
-            Py_CLEAR(completed);
+    });
     for (int i = 0; i < OUTCOME_SIZE; i++)
         Py_DECREF(items[i]);
     Py_DECREF(duration);

@@ -10,7 +10,7 @@
 #include "_scheduling.h"
 #include "_waiter.h"
 
-/* What a CompletedProcess has, in the order in which it is set; see completed_names. */
+/* What a CompletedProcess has, in the order in which it is set. */
 enum {
     COMPLETED_ARGS,
     COMPLETED_RETURNCODE,
@@ -22,7 +22,17 @@ enum {
     COMPLETED_NAMES,
 };
 
-extern const char *const completed_names[COMPLETED_NAMES];
+/* How Launch.completed() makes one. */
+struct completing {
+    PyObject *names[COMPLETED_NAMES];
+    PyObject *nothing;                   /* () */
+    PyTypeObject *type;                  /* the last, or NULL */
+    PyMemberDef *slots[COMPLETED_NAMES]; /* of that; NULL: an attribute like any other */
+};
+
+int completing_init(struct completing *completing);
+int completing_traverse(struct completing *completing, visitproc visit, void *arg);
+void completing_clear(struct completing *completing);
 
 /* The state of the module. */
 typedef struct {
@@ -30,8 +40,7 @@ typedef struct {
     PyTypeObject *launch_type;
     PyTypeObject *waiter_type;
     PyObject *extend;  /* the name of deque's method */
-    PyObject *nothing; /* () */
-    PyObject *names[COMPLETED_NAMES];
+    struct completing completing;
     struct scheduling scheduling;
     struct waking waking;
 } core_state;

@@ -62,15 +62,18 @@ class CompletedProcess(subprocess.CompletedProcess[Any]):
     process and of its output. truncated: whether it wrote more than output_limit.
     """
 
+    # The core makes most of them, and sets a slot in a tenth of the time of what is in a dict.
+    __slots__ = ("_usage", "args", "duration", "pid", "returncode", "stderr", "stdout")
+
     pid: int
     duration: float
     truncated: bool = False
-    _usage: bytes | None = None
+    _usage: bytes | None
 
     @property
     def rusage(self) -> resource.struct_rusage | None:
         """What this process alone has used (getrusage(2)); None where the kernel could not tell."""
-        return unpack_usage(self._usage)
+        return unpack_usage(getattr(self, "_usage", None))
 
 
 @dataclass(slots=True)

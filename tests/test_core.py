@@ -523,6 +523,15 @@ class Completed(subprocess.CompletedProcess[bytes]):
     pass
 
 
+class Slotted:
+    """As CompletedProcess, with some of them in slots."""
+
+    __slots__ = ("__dict__", "args", "pid", "stdout")
+
+    stderr: Any
+    returncode: int
+
+
 class Found:
     pass
 
@@ -562,25 +571,27 @@ def plain(hub: _core.Hub) -> None:
     assert streamed is not None
     assert transports == {}
     wait(hub)
-    for output, kind in ((PIPE, tuple), (None, list)):
+    names = ["args", "returncode", "stdout", "stderr", "pid", "duration", "_usage"]
+    for output, kind, made in ((PIPE, tuple, Completed), (None, list, Slotted), (PIPE, list, Slotted)):
         argv = kind(("/bin/sh", "-c", "echo out; echo err >&2; exit 3" if output else "exit 3"))
         child = call(argv, output)
         assert child is not None
         assert transports == {child.id: child}
         assert child.arguments == [*argv]
         woken = await_it(child.end_waiter(loop))  # type: ignore[arg-type]
-        assert child.completed(Completed, argv) is None
+        assert child.completed(made, argv) is None
         while not woken:
             select.select([hub.fileno()], [], [], 10)
             hub.drain(deque(), transports)
         duration = time.monotonic() - child.begun
-        completed = child.completed(Completed, argv)
-        assert type(completed) is Completed
-        assert 0 < completed.duration < duration + 1  # type: ignore[attr-defined]
+        completed: Any = child.completed(made, argv)
+        assert type(completed) is made
+        assert 0 < completed.duration < duration + 1
         expected = (b"out\n", b"err\n") if output else (None, None)
-        assert (completed.args, completed.returncode) == (argv, 3)
+        assert (completed.args, completed.returncode, completed.pid) == (argv, 3, child.pid)
         assert (completed.stdout, completed.stderr) == expected
-        assert list(vars(completed)) == [*vars(Completed([], 0)), "pid", "duration", "_usage"]
+        slots = Slotted.__slots__ if made is Slotted else ()
+        assert list(vars(completed)) == [name for name in names if name not in slots]
         assert transports == {}
     with pytest.raises(TypeError):
         child.completed(argv, Completed)  # type: ignore[arg-type]

@@ -235,9 +235,20 @@ async def test_completed_process_knows_more() -> None:
     assert done.rusage is not None and done.rusage.ru_minflt > 0
     assert not done.truncated
     assert isinstance(done, subprocess.CompletedProcess)
+    names = ("args", "returncode", "stdout", "stderr", "pid", "duration", "rusage", "truncated")
     for other in (copy.copy(done), pickle.loads(pickle.dumps(done))):
-        assert vars(other).keys() == vars(done).keys()
-        assert (other.pid, other.rusage, repr(other)) == (done.pid, done.rusage, repr(done))
+        assert [getattr(other, name) for name in names] == [getattr(done, name) for name in names]
+        assert repr(other) == repr(done)
+    done.note = "mine"  # type: ignore[attr-defined]
+    assert vars(pickle.loads(pickle.dumps(done))) == {"note": "mine"}
+    made = aiovspawn.CompletedProcess(["x"], 3, b"out")
+    assert (made.args, made.returncode, made.stdout, made.stderr, made.rusage) == (
+        ["x"],
+        3,
+        b"out",
+        None,
+        None,
+    )
 
 
 async def test_input_is_neither_copied_nor_changed_under_our_feet(rung: str) -> None:
