@@ -7,6 +7,7 @@
  * which events carry.
  */
 #include "_arguments.h"
+#include "_deferredobject.h"
 #include "_launchobject.h"
 #include "_waiter.h"
 
@@ -815,6 +816,11 @@ static int core_exec(PyObject *module)
         PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
         waking_init(&state->waking) < 0)
         return -1;
+    PyObject *deferred_type = PyType_FromModuleAndSpec(module, &deferred_spec, NULL);
+    result = deferred_type ? PyModule_AddType(module, (PyTypeObject *)deferred_type) : -1;
+    Py_XDECREF(deferred_type);
+    if (result < 0)
+        return -1;
     if (add_names(module, "STEP_NAMES", spawn_step_names, SPAWN_OPS) < 0 ||
         add_names(module, "FEATURES", probe_names, PROBES) < 0)
         return -1;
@@ -866,6 +872,12 @@ static PyModuleDef core_module = {
     .m_traverse = core_traverse,
     .m_clear = core_clear,
 };
+
+core_state *core_state_of(PyTypeObject *type)
+{
+    PyObject *module = PyType_GetModuleByDef(type, &core_module);
+    return module ? PyModule_GetState(module) : NULL;
+}
 
 PyMODINIT_FUNC PyInit__core(void)
 {

@@ -109,6 +109,19 @@ class Waiter:
     def cancel(self, msg: Any = None) -> bool: ...
     def result(self) -> None: ...
 
+class DeferredLaunch:
+    _hub: LoopHub
+    _loop: asyncio.AbstractEventLoop
+    _limit: int
+    _request: Any
+    launch: Launch
+    protocol: Any
+    _readers: Any
+    _over: bool
+    def __init__(
+        self, hub: LoopHub, loop: asyncio.AbstractEventLoop, limit: int, request: Any, launch: Launch, /
+    ) -> None: ...
+
 class Scheduling:
     def call_soon(
         self, callback: Callable[..., object], /, *args: Any, context: Context | None = None

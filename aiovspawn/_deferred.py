@@ -15,7 +15,6 @@ import sys
 import warnings
 import weakref
 from asyncio.subprocess import SubprocessStreamProtocol
-from copy import copy
 from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
@@ -38,41 +37,19 @@ NEED_A_TRANSPORT = frozenset(("preexec_fn", "pty", "cgroup", "extra", "_keeps_pi
 Streams = tuple[SubprocessTransport, SubprocessStreamProtocol]
 
 
-class Deferred:
+class Deferred(_core.DeferredLaunch):
     """A launch in one shot that may get streams.
 
     limit: bytes that a StreamReader buffers.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_hub",
-        "_limit",
-        "_loop",
-        "_over",
-        "_readers",
-        "_request",
-        "launch",
-        "protocol",
-    )
+    __slots__ = ("__weakref__",)
 
-    def __init__(
-        self,
-        hub: LoopHub,
-        loop: asyncio.AbstractEventLoop,
-        limit: int,
-        request: Request | Plain,
-        launch: _core.Launch,
-    ) -> None:
-        self._hub = hub
-        self._loop = loop
-        self._limit = limit
-        self._request = request
-        self._readers = [0, 0, 0]
-        self._over = False
-        self.launch = launch
-        self.protocol: SubprocessStreamProtocol | None = None
-        """What the streams are to have, None for a new one."""
+    protocol: SubprocessStreamProtocol | None
+    """What the streams are to have, None for a new one."""
+
+    _readers: list[int] | None
+    """How many tasks read each of the outputs; None: nobody has."""
 
     async def started(self) -> Deferred | Streams:
         """Wait until the program runs, and return this, or the streams of a later attempt.
@@ -107,7 +84,10 @@ class Deferred:
         return self.launch.take_output(fd)
 
     async def _read(self, fds: tuple[int, ...], until: int) -> None:
-        launch, readers = self.launch, self._readers
+        launch = self.launch
+        if self._readers is None:
+            self._readers = [0, 0, 0]
+        readers = self._readers
         for fd in fds:
             readers[fd] += 1
         try:
@@ -133,7 +113,7 @@ class Deferred:
         if type(asked) is tuple:
             _, stdout, stderr, _ = asked  # None or PIPE
             return (1,) if stderr is None and stdout else (1, 2) if stdout else (2,) if stderr else ()
-        stdio = asked.stdio  # type: ignore[union-attr]  # no Plain: that is a tuple
+        stdio = asked.stdio  # no Plain: that is a tuple
         return tuple(fd for fd in (1, 2) if stdio[fd] == PIPE)
 
     def leave(self) -> None:
@@ -148,10 +128,8 @@ class Deferred:
             self.launch.send_signal(signal.SIGKILL)
         self.launch.close()
 
-    def __del__(self) -> None:
-        """The process object is gone: the launch lives on as one with streams that nobody reads."""
-        if self._over or self.launch.stage == FINISHED:
-            return
+    def _gone(self) -> None:
+        """Before its end: the launch lives on as one with streams that nobody reads."""
         loop = self._loop
         if loop.is_closed():
             self.forget()
@@ -159,7 +137,8 @@ class Deferred:
             return
         # Not now: other finalizers of the same cycle may still open them, or keep the process. If the
         # loop is closed first, there is this again.
-        again = copy(self)
+        again = Deferred(self._hub, loop, self._limit, self._request, self.launch)
+        again.protocol, again._readers = self.protocol, self._readers
         is_other_thread = loop.is_running() and asyncio._get_running_loop() is not loop
         call = loop.call_soon_threadsafe if is_other_thread else loop.call_soon
         with contextlib.suppress(RuntimeError):

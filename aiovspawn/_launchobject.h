@@ -45,6 +45,9 @@ typedef struct {
     struct waking waking;
 } core_state;
 
+/* That of a type of this module, or of a subclass of one; NULL with an exception set. */
+core_state *core_state_of(PyTypeObject *type);
+
 typedef struct {
     PyObject_HEAD
     struct launch *launch; /* NULL only if there was none to be had */

@@ -768,6 +768,57 @@ def plain_fails() -> None:
         hub.launch_plain()  # type: ignore[call-arg]
 
 
+def deferred(hub: _core.Hub) -> None:
+    gone: list[int] = []
+
+    class Deferred(_core.DeferredLaunch):
+        def _gone(self) -> None:
+            gone.append(self.launch.pid)
+            if self.protocol:
+                raise self.protocol
+
+    def make() -> Deferred:
+        return Deferred(hub, hub, 1, (), finished(hub, b"/bin/true"))  # type: ignore[arg-type]
+
+    one = make()
+    assert (one._hub, one._limit, one._request, one.protocol, one._readers, one._over) == (
+        (hub, 1, (), None, None, False)
+    )
+    for name in ("_hub", "launch", "_limit", "_loop", "_request"):
+        with pytest.raises(AttributeError):
+            setattr(one, name, None)
+    pid = one.launch.pid
+    del one
+    assert gone == [pid]
+    cycle: Any = make()
+    cycle._readers, pid = [cycle], cycle.launch.pid
+    del cycle
+    gc.collect()
+    assert gone.pop() == pid
+    failing: Any = make()
+    failing.protocol = error = KeyError("x")
+    hook, sys.unraisablehook = sys.unraisablehook, lambda what: gone.append(what.exc_value)  # type: ignore[arg-type]
+    try:
+        del failing
+        assert gone.pop() is error
+    finally:
+        sys.unraisablehook = hook
+        error.__traceback__ = None
+    gone.clear()
+    over = make()
+    over._over = True
+    del over
+    ended = make()
+    ended.__init__(hub, hub, 1, (), ended.launch)  # type: ignore[misc,arg-type]
+    assert Deferred.__new__(Deferred).launch is None
+    for arguments in ((), (hub, hub, 1, (), None)):
+        with pytest.raises(TypeError, match="5 arguments"):
+            Deferred(*arguments)  # type: ignore[arg-type]
+    ended.launch.on_event(7, 0)
+    del ended
+    assert gone == []
+
+
 def call_soon(hub: _core.Hub) -> None:
     loop = aiovspawn.new_event_loop()
     handle = loop.call_soon(print, hub, context=contextvars.Context())
@@ -820,6 +871,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.pipe": lambda hub: finished(hub, b"/bin/true").pipe(0),
     "Launch.rusage": lambda hub: finished(hub, b"/bin/true").rusage(),
     "Scheduling.call_soon": call_soon,
+    "DeferredLaunch": deferred,
     "latest_hub": latest_hub,
     "rung": lambda hub: _core.rung(),
     "force_rung": lambda hub: (_core.force_rung("vfork"), _core.force_rung(None)),
@@ -839,7 +891,7 @@ def entry_points() -> set[str]:
     for kind in (_core.Hub, _core.Launch, _core.Waiter, _core.Scheduling):
         methods = (name for name, value in vars(kind).items() if callable(value))
         names |= {f"{kind.__name__}.{name}" for name in methods if name[0] != "_"}
-    return {name for name in names if not name.startswith("_")} | {"Hub"}
+    return {name for name in names if not name.startswith("_")} | {"Hub", "DeferredLaunch"}
 
 
 def test_every_entry_point_has_a_leak_test() -> None:
