@@ -5,7 +5,6 @@
 
 #include <errno.h>
 #include <limits.h>
-#include <structmember.h>
 #include <time.h>
 
 PyObject *core_raise_errno(int negative)
@@ -396,8 +395,7 @@ static PyObject *Launch_exit_waiter(LaunchObject *self, PyObject *loop)
     return waiter_for(self, loop, HUB_EXITED);
 }
 
-/* end_waiter(loop): after which completed() or outcome() give what came of it, or None: somebody is to
- * take over. */
+/* end_waiter(loop): after which outcome() gives what came of it, or None: somebody is to take over. */
 static PyObject *Launch_end_waiter(LaunchObject *self, PyObject *loop)
 {
     return waiter_for(self, loop, ONESHOT_FINISHED);
@@ -483,137 +481,33 @@ static bool has_outcome(const LaunchObject *self)
     return !self->exceeded && !self->streamed && self->stage >= (int)ONESHOT_FINISHED;
 }
 
-enum { OUTCOME_SIZE = 5 };
-
-/* What outcome() returns, item by item. The output is given away. */
-static bool take_outcome(LaunchObject *self, PyObject **ret_items)
+/* outcome() -> (returncode, pid, stdout, stderr, struct rusage, seconds since the launch), or None: there is none yet, or
+ * it is to be taken over. The output is given away: there is none when it is asked for again. */
+static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
-    PyObject *items[OUTCOME_SIZE] = {
+    if (!has_outcome(self))
+        Py_RETURN_NONE;
+    PyObject *items[] = {
         PyLong_FromLong(self->one_shot.returncode),
         PyLong_FromLong(self->pid),
         oneshot_output(&self->one_shot, 1),
         oneshot_output(&self->one_shot, 2),
         Launch_rusage(self, NULL),
+        PyFloat_FromDouble(seconds() - self->begun),
     };
-    bool complete = true;
-    for (int i = 0; i < OUTCOME_SIZE; i++) {
-        ret_items[i] = items[i];
-        complete = complete && items[i];
+    const int count = sizeof items / sizeof *items;
+    PyObject *outcome = PyTuple_New(count);
+    for (int i = 0; i < count; i++) {
+        if (outcome && items[i])
+            PyTuple_SET_ITEM(outcome, i, Py_NewRef(items[i]));
+        else
+            Py_CLEAR(outcome);
     }
-    for (int i = 0; !complete && i < OUTCOME_SIZE; i++)
-        Py_CLEAR(ret_items[i]);
-    if (complete)
+    for (int i = 0; i < count; i++)
+        Py_XDECREF(items[i]);
+    if (outcome)
         oneshot_drop_output(&self->one_shot);
-    return complete;
-}
-
-/* outcome() -> (returncode, pid, stdout, stderr, struct rusage), or None: there is none yet, or
- * it is to be taken over. The output is given away: there is none when it is asked for again. */
-static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
-{
-    PyObject *items[OUTCOME_SIZE];
-    if (!has_outcome(self))
-        Py_RETURN_NONE;
-    PyObject *outcome = PyTuple_New(OUTCOME_SIZE);
-    if (!outcome || !take_outcome(self, items)) {
-        Py_XDECREF(outcome);
-        return NULL;
-    }
-    for (int i = 0; i < OUTCOME_SIZE; i++)
-        PyTuple_SET_ITEM(outcome, i, items[i]);
     return outcome;
-}
-
-static const char *const completed_names[COMPLETED_NAMES] = {
-    [COMPLETED_ARGS] = "args",     [COMPLETED_RETURNCODE] = "returncode", [COMPLETED_STDOUT] = "stdout",
-    [COMPLETED_STDERR] = "stderr", [COMPLETED_PID] = "pid",               [COMPLETED_DURATION] = "duration",
-    [COMPLETED_USAGE] = "_usage",
-};
-
-/* Of a type's attributes, those that are slots; they are looked up once for the type that was the last. */
-static int find_slots(struct completing *completing, PyTypeObject *type)
-{
-    if (completing->type == type)
-        return 0;
-    Py_XSETREF(completing->type, NULL);
-    for (int i = 0; i < COMPLETED_NAMES; i++) {
-        PyObject *found = PyObject_GetAttr((PyObject *)type, completing->names[i]);
-        if (!found && !PyErr_ExceptionMatches(PyExc_AttributeError))
-            return -1;
-        PyErr_Clear();
-        bool is_slot = found && Py_IS_TYPE(found, &PyMemberDescr_Type) &&
-                       PyType_IsSubtype(type, ((PyMemberDescrObject *)found)->d_common.d_type);
-        completing->slots[i] = is_slot ? ((PyMemberDescrObject *)found)->d_member : NULL;
-        Py_XDECREF(found);
-    }
-    completing->type = (PyTypeObject *)Py_NewRef(type);
-    return 0;
-}
-
-/* An instance of the type that find_slots() was asked for, without a call of __init__(). */
-static PyObject *new_completed(struct completing *completing, PyObject *const values[COMPLETED_NAMES])
-{
-    PyTypeObject *type = completing->type;
-    PyObject *completed = type->tp_new(type, completing->nothing, NULL);
-    for (int i = 0; completed && i < COMPLETED_NAMES; i++) {
-        int result = completing->slots[i] ? PyMember_SetOne((char *)completed, completing->slots[i], values[i])
-                                          : PyObject_SetAttr(completed, completing->names[i], values[i]);
-        if (result < 0)
-            Py_CLEAR(completed);
-    }
-    return completed;
-}
-
-int completing_init(struct completing *completing)
-{
-    completing->nothing = PyTuple_New(0);
-    for (int i = 0; i < COMPLETED_NAMES; i++)
-        if (!(completing->names[i] = PyUnicode_InternFromString(completed_names[i])))
-            return -1;
-    return completing->nothing ? 0 : -1;
-}
-
-int completing_traverse(struct completing *completing, visitproc visit, void *arg)
-{
-    Py_VISIT(completing->type);
-    return 0;
-}
-
-void completing_clear(struct completing *completing)
-{
-    Py_CLEAR(completing->type);
-    Py_CLEAR(completing->nothing);
-    for (int i = 0; i < COMPLETED_NAMES; i++)
-        Py_CLEAR(completing->names[i]);
-}
-
-/* completed(type, args) -> an instance of a CompletedProcess with the outcome(), or None: there is none. */
-static PyObject *Launch_completed(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    PyObject *items[OUTCOME_SIZE];
-    if (count != 2 || !PyType_Check(args[0]))
-        return PyErr_Format(PyExc_TypeError, "completed() takes a type and arguments");
-    if (!has_outcome(self))
-        Py_RETURN_NONE;
-    struct completing *completing = &((core_state *)PyType_GetModuleState(Py_TYPE(self)))->completing;
-    PyObject *duration = PyFloat_FromDouble(seconds() - self->begun);
-    if (!duration || find_slots(completing, (PyTypeObject *)args[0]) < 0 || !take_outcome(self, items)) {
-        Py_XDECREF(duration);
-        return NULL;
-    }
-    PyObject *completed = new_completed(completing, (PyObject *[COMPLETED_NAMES]){
-        [COMPLETED_ARGS] = args[1],
-        [COMPLETED_RETURNCODE] = items[0],
-        [COMPLETED_STDOUT] = items[2],
-        [COMPLETED_STDERR] = items[3],
-        [COMPLETED_PID] = items[1],
-        [COMPLETED_DURATION] = duration,
-        [COMPLETED_USAGE] = items[4],
-    });
-    for (int i = 0; i < OUTCOME_SIZE; i++)
-        Py_DECREF(items[i]);
-    Py_DECREF(duration);
-    return completed;
 }
 
 /* take_over() -> [(kind, value), ...]: what has come, but an exec, and what a later event made
@@ -722,7 +616,6 @@ static PyMethodDef Launch_methods[] = {
     {"end_waiter", (PyCFunction)Launch_end_waiter, METH_O, NULL},
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
-    {"completed", (PyCFunction)(void (*)(void))Launch_completed, METH_FASTCALL, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
     {"set_limit", (PyCFunction)(void (*)(void))Launch_set_limit, METH_FASTCALL, NULL},
     {"stream", (PyCFunction)Launch_stream, METH_NOARGS, NULL},

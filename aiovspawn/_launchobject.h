@@ -10,37 +10,13 @@
 #include "_scheduling.h"
 #include "_waiter.h"
 
-/* What a CompletedProcess has, in the order in which it is set. */
-enum {
-    COMPLETED_ARGS,
-    COMPLETED_RETURNCODE,
-    COMPLETED_STDOUT,
-    COMPLETED_STDERR,
-    COMPLETED_PID,
-    COMPLETED_DURATION,
-    COMPLETED_USAGE,
-    COMPLETED_NAMES,
-};
-
-/* How Launch.completed() makes one. */
-struct completing {
-    PyObject *names[COMPLETED_NAMES];
-    PyObject *nothing;                   /* () */
-    PyTypeObject *type;                  /* the last, or NULL */
-    PyMemberDef *slots[COMPLETED_NAMES]; /* of that; NULL: an attribute like any other */
-};
-
-int completing_init(struct completing *completing);
-int completing_traverse(struct completing *completing, visitproc visit, void *arg);
-void completing_clear(struct completing *completing);
-
 /* The state of the module. */
 typedef struct {
     PyTypeObject *hub_type;
     PyTypeObject *launch_type;
     PyTypeObject *waiter_type;
     PyObject *extend;  /* the name of deque's method */
-    struct completing completing;
+    PyObject *nothing; /* () */
     struct scheduling scheduling;
     struct waking waking;
 } core_state;

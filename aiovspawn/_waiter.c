@@ -393,7 +393,9 @@ static PyMethodDef Waiter_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* The type has to have the first of them: asyncio.isfuture(). */
 static PyMemberDef Waiter_members[] = {
+    {"_asyncio_future_blocking", T_BOOL, offsetof(Waiter, blocking), 0, NULL},
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Waiter, call), READONLY, NULL},
     {NULL, 0, 0, 0, NULL},
 };
