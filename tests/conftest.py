@@ -35,11 +35,18 @@ def pytest_asyncio_loop_factories(
     return {"aiovspawn": aiovspawn.new_event_loop}
 
 
-def pytest_collection_finish() -> None:
-    # The tests' own objects live as long as the run: without them a collection takes
-    # a tenth of the time, and every test does two.
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_frozen() -> None:
+    """Of the tests themselves, and of the reports on those of the modules before.
+
+    They live as long as the run: without them a collection takes next to nothing, and every test does two.
+    """
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # pytest's own last collection is of everything
 
 
 # ---- what a test leaves ------------------------------------------------------
