@@ -481,13 +481,18 @@ static bool has_outcome(const LaunchObject *self)
     return !self->exceeded && !self->streamed && self->stage >= (int)ONESHOT_FINISHED;
 }
 
-/* outcome() -> (returncode, pid, stdout, stderr, struct rusage, seconds since the launch), or None: there is none yet, or
- * it is to be taken over. The output is given away: there is none when it is asked for again. */
+/* outcome() -> (returncode, pid, stdout, stderr, struct rusage, seconds since the launch), or None: there
+ * is none yet, or it is to be taken over. The output is given away: there is none when it is asked for
+ * again. */
 static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
+    enum { COUNT = 6 };
     if (!has_outcome(self))
         Py_RETURN_NONE;
-    PyObject *items[] = {
+    PyObject *outcome = PyTuple_New(COUNT);
+    if (!outcome)
+        return NULL;
+    PyObject *items[COUNT] = {
         PyLong_FromLong(self->one_shot.returncode),
         PyLong_FromLong(self->pid),
         oneshot_output(&self->one_shot, 1),
@@ -495,18 +500,16 @@ static PyObject *Launch_outcome(LaunchObject *self, PyObject *Py_UNUSED(unused))
         Launch_rusage(self, NULL),
         PyFloat_FromDouble(seconds() - self->begun),
     };
-    const int count = sizeof items / sizeof *items;
-    PyObject *outcome = PyTuple_New(count);
-    for (int i = 0; i < count; i++) {
-        if (outcome && items[i])
-            PyTuple_SET_ITEM(outcome, i, Py_NewRef(items[i]));
-        else
-            Py_CLEAR(outcome);
+    bool complete = true;
+    for (int i = 0; i < COUNT; i++) {
+        PyTuple_SET_ITEM(outcome, i, items[i]);
+        complete = complete && items[i];
     }
-    for (int i = 0; i < count; i++)
-        Py_XDECREF(items[i]);
-    if (outcome)
-        oneshot_drop_output(&self->one_shot);
+    if (!complete) {
+        Py_DECREF(outcome);
+        return NULL;
+    }
+    oneshot_drop_output(&self->one_shot);
     return outcome;
 }
 
