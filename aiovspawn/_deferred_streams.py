@@ -254,9 +254,13 @@ class DeferredReader(_Unasked, asyncio.StreamReader):
         return await opened_for("readuntil", self).readuntil(separator)
 
     async def readexactly(self, n: int) -> bytes:
+        if n == 0 and isinstance(self, DeferredReader):
+            return b""
         return await opened_for("readexactly", self).readexactly(n)
 
     async def read(self, n: int = -1) -> bytes:
+        if n == 0 and isinstance(self, DeferredReader):
+            return b""  # whoever else reads
         process = self._process if isinstance(self, DeferredReader) and not self._is_read else None
         if n < 0 and isinstance(process, DeferredTransport):
             self._is_read = True

@@ -275,6 +275,8 @@ async def test_two_readers_of_one_stream(second: str) -> None:
     arguments = [1] if second == "readexactly" else []
     with pytest.raises(RuntimeError, match="another coroutine is already waiting"):
         await getattr(reader_of(process), second)(*arguments)
+    if second in ("read", "readexactly"):
+        assert await getattr(reader_of(process), second)(0) == b""
     assert await first == b"out\n"
     assert not is_open(process)
     assert await process.wait() == 0
