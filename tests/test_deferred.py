@@ -22,6 +22,7 @@ import aiovspawn
 from aiovspawn import _core
 from aiovspawn._deferred import Deferred
 from aiovspawn._hub import EXECED, EXITED, FINISHED, SWEEP_INTERVAL, hub_of
+from aiovspawn._launch import ladder
 
 LIMIT = 1000
 """Of the streams: twice that is kept, and what one read(2) more gives."""
@@ -304,6 +305,34 @@ async def test_cancelled_communicate_leaves_the_limit_to_others() -> None:
     cancelled.cancel()
     assert len((await process.communicate())[0]) == 1_000_000
     assert cancelled.cancelled()
+
+
+async def create_and_wait(function: Callable[..., Awaitable[Any]], *args: Any, **keywords: Any) -> int:
+    process = await function(*args, **keywords)
+    return int(await process.wait())
+
+
+LOOKED_AFTER: dict[str, Callable[[], Awaitable[Any]]] = {
+    "run_process": lambda: aiovspawn.run_process(["/bin/true"]),
+    "run_process, not plain": lambda: aiovspawn.run_process(["true"], stdout=DEVNULL),
+    "run_process, one-shot": lambda: aiovspawn.run_process(["true"], timeout=10),
+    "create": lambda: create_and_wait(aiovspawn.create_subprocess_exec, "/bin/true"),
+    "create, not plain": lambda: create_and_wait(aiovspawn.create_subprocess_exec, "true", stdout=DEVNULL),
+    "create, streams": lambda: create_and_wait(aiovspawn.create_subprocess_exec, "true", stdin=PIPE),
+    "asyncio's": lambda: create_and_wait(asyncio.create_subprocess_exec, "/bin/true"),
+}
+
+
+@pytest.mark.parametrize("call", LOOKED_AFTER.values(), ids=LOOKED_AFTER)
+async def test_every_launch_is_looked_after(call: Callable[[], Awaitable[Any]]) -> None:
+    """From its beginning, should a stranger hold its status pipe open."""
+    hub = hub_of(asyncio.get_running_loop())
+    assert ladder.choose() == "core"
+    assert hub is not None and not hub.sweeping
+    launched = asyncio.ensure_future(call())
+    await until(lambda: hub.transports or launched.done())
+    assert hub.sweeping
+    await launched
 
 
 FORKED_LOOP = """
