@@ -7,10 +7,10 @@ from weakref import ref
 
 from ._hub import LoopHub
 
-STEP_NAMES: tuple[str, ...]
-FEATURES: tuple[str, ...]
 T = TypeVar("T")
 
+STEP_NAMES: tuple[str, ...]
+FEATURES: tuple[str, ...]
 STEP_UNSHARE_FDS: int
 STEP_DETACHED: int
 STEP_MAP_FD: int

@@ -206,7 +206,7 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
         hub = ladder.core.latest_hub(ladder.latest.pair, loop)
         if hub is not None:
             if not hub.sweeping:
-                hub.await_verdict()
+                hub.await_verdict()  # before: there would be nobody to undo the launch
             try:
                 launch = hub.core.launch_plain(hub.transports, args, output, output, steps, -1, False)
             except OSError as exc:
