@@ -9,7 +9,16 @@ from sysconfig import get_platform
 
 from setuptools import Extension, setup
 
-BINDING = ("_core", "_arguments", "_deferredobject", "_launchobject", "_oneshot", "_scheduling", "_waiter")
+BINDING = (
+    "_core",
+    "_arguments",
+    "_deferredobject",
+    "_eagertasks",
+    "_launchobject",
+    "_oneshot",
+    "_scheduling",
+    "_waiter",
+)
 SOURCES = (*BINDING, "ends", "hub", "idmap", "launch", "probe", "spawn", "steps")
 HEADERS = (*BINDING[1:], "hub", "idmap", "launch", "probe", "spawn", "sys")
 

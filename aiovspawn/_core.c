@@ -823,6 +823,7 @@ static int core_exec(PyObject *module)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
+        eager_tasks_init(&state->eager_tasks, module) < 0 ||
         waking_init(&state->waking) < 0)
         return -1;
     PyObject *deferred_type = PyType_FromModuleAndSpec(module, &deferred_spec, NULL);
@@ -843,7 +844,8 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->launch_type);
     Py_VISIT(state->waiter_type);
     int result = waking_traverse(&state->waking, visit, arg);
-    return result ? result : scheduling_traverse(&state->scheduling, visit, arg);
+    result = result ? result : scheduling_traverse(&state->scheduling, visit, arg);
+    return result ? result : eager_tasks_traverse(&state->eager_tasks, visit, arg);
 }
 
 static int core_clear(PyObject *module)
@@ -855,6 +857,7 @@ static int core_clear(PyObject *module)
     Py_CLEAR(state->extend);
     Py_CLEAR(state->nothing);
     scheduling_clear(&state->scheduling);
+    eager_tasks_clear(&state->eager_tasks);
     waking_clear(&state->waking);
     return 0;
 }

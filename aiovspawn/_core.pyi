@@ -1,6 +1,6 @@
 import asyncio
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from typing import Any, TypeVar
 from weakref import ref
@@ -125,6 +125,18 @@ class Scheduling:
     def call_soon(
         self, callback: Callable[..., object], /, *args: Any, context: Context | None = None
     ) -> asyncio.Handle: ...
+    def get_debug(self) -> bool: ...
+
+class EagerTasks:
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, Any],
+        /,
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+        **kwargs: Any,
+    ) -> asyncio.Task[Any]: ...
 
 class Hub:
     def __init__(self) -> None: ...

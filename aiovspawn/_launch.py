@@ -140,6 +140,8 @@ _load_core()
 
 Scheduling: type = ladder.core.Scheduling if ladder.core is not None else type("Scheduling", (), {})
 """A mixin for asyncio's loops; nothing where there is no C core."""
+EagerTasks: type = ladder.core.EagerTasks if ladder.core is not None else type("EagerTasks", (), {})
+"""A mixin for all loops, likewise."""
 
 
 def _after_fork_in_child() -> None:

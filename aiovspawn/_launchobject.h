@@ -6,6 +6,7 @@
 #ifndef AIOVSPAWN_LAUNCHOBJECT_H
 #define AIOVSPAWN_LAUNCHOBJECT_H
 
+#include "_eagertasks.h"
 #include "_oneshot.h"
 #include "_scheduling.h"
 #include "_waiter.h"
@@ -18,6 +19,7 @@ typedef struct {
     PyObject *extend;  /* the name of deque's method */
     PyObject *nothing; /* () */
     struct scheduling scheduling;
+    struct eager_tasks eager_tasks;
     struct waking waking;
 } core_state;
 

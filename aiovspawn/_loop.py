@@ -14,8 +14,11 @@ T = TypeVar("T")
 Started = tuple[asyncio.SubprocessTransport, asyncio.SubprocessProtocol]
 
 
-class SubprocessMixin(asyncio.AbstractEventLoop):
+class SubprocessMixin(_launch.EagerTasks, asyncio.AbstractEventLoop):  # type: ignore[misc]
     """Overrides the public subprocess methods of the loop class it is mixed into."""
+
+    _finished_noop: asyncio.Task[None] | None = None
+    """Of EagerTasks: it holds the loop, until that is closed."""
 
     async def subprocess_exec(  # type: ignore[override]
         self,
@@ -47,6 +50,7 @@ class SubprocessMixin(asyncio.AbstractEventLoop):
         """
         if not self.is_running():
             _launch.close_hub(self)
+            self._finished_noop = None
         super().close()
 
 
@@ -58,7 +62,7 @@ if sys.platform == "win32":
 else:
 
     class EventLoop(SubprocessMixin, _launch.Scheduling, asyncio.SelectorEventLoop):  # type: ignore[misc]
-        """asyncio's selector event loop with fast subprocess methods, and call_soon() in C."""
+        """asyncio's selector event loop with fast subprocess methods, and some others in C."""
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

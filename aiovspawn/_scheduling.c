@@ -22,12 +22,11 @@ static const char *const scheduling_names[SCHEDULING_NAMES] = {
     [NAME_APPEND] = "append",  [NAME_CALL_SOON] = "call_soon", [NAME_CONTEXT] = "context",
 };
 
-/* super().call_soon(...) */
-static PyObject *call_soon_of_asyncio(struct scheduling *scheduling, PyObject *self, PyObject *const *args,
-                                      Py_ssize_t count, PyObject *names)
+PyObject *call_next(PyTypeObject *mixin, PyObject *self, PyObject *name, PyObject *const *args, Py_ssize_t count,
+                    PyObject *names)
 {
-    PyObject *super = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, scheduling->mixin, self, NULL);
-    PyObject *method = super ? PyObject_GetAttr(super, scheduling->names[NAME_CALL_SOON]) : NULL;
+    PyObject *super = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, mixin, self, NULL);
+    PyObject *method = super ? PyObject_GetAttr(super, name) : NULL;
     PyObject *result = method ? PyObject_Vectorcall(method, args, (size_t)count, names) : NULL;
     Py_XDECREF(super);
     Py_XDECREF(method);
@@ -93,7 +92,7 @@ static PyObject *Scheduling_call_soon(PyObject *self, PyTypeObject *mixin, PyObj
     bool is_known = named == 0 || is_named(names, scheduling->names[NAME_CONTEXT]);
     if (!scheduling->handle || count < 1 || !is_known || !is_false(self, scheduling->names[NAME_CLOSED]) ||
         !is_false(self, scheduling->names[NAME_DEBUG]))
-        return call_soon_of_asyncio(scheduling, self, args, count, names);
+        return call_next(mixin, self, scheduling->names[NAME_CALL_SOON], args, count, names);
     PyObject *context = named && args[count] != Py_None ? Py_NewRef(args[count]) : PyContext_CopyCurrent();
     PyObject *handle = new_handle(scheduling, self, args[0], tuple_of(args + 1, count - 1), context);
     PyObject *ready = handle ? PyObject_GetAttr(self, scheduling->names[NAME_READY]) : NULL;
@@ -107,12 +106,25 @@ static PyObject *Scheduling_call_soon(PyObject *self, PyTypeObject *mixin, PyObj
     return handle;
 }
 
+static PyObject *Scheduling_get_debug(PyObject *self, PyTypeObject *mixin, PyObject *const *Py_UNUSED(args),
+                                      Py_ssize_t count, PyObject *names)
+{
+    struct scheduling *scheduling = &((core_state *)PyType_GetModuleState(mixin))->scheduling;
+    if (count || (names && PyTuple_GET_SIZE(names)))
+        return PyErr_Format(PyExc_TypeError, "get_debug() takes no arguments");
+    return PyObject_GetAttr(self, scheduling->names[NAME_DEBUG]);
+}
+
+PyDoc_STRVAR(get_debug_doc, "get_debug($self, /)\n--\n\nTell whether the loop is in debug mode; as loop.get_debug() of asyncio.");
+
 PyDoc_STRVAR(call_soon_doc, "call_soon($self, callback, /, *args, context=None)\n--\n\n"
                             "Call back in the next turn of the loop; as loop.call_soon() of asyncio.");
 
 static PyMethodDef Scheduling_methods[] = {
     {"call_soon", (PyCFunction)(void (*)(void))Scheduling_call_soon, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
      call_soon_doc},
+    {"get_debug", (PyCFunction)(void (*)(void))Scheduling_get_debug, METH_METHOD | METH_FASTCALL | METH_KEYWORDS,
+     get_debug_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -814,6 +814,27 @@ def call_soon(hub: _core.Hub) -> None:
     loop.call_soon(loop.stop)
     with pytest.raises(TypeError):
         loop.call_soon()  # type: ignore[call-arg]
+    assert not loop.get_debug()
+    with pytest.raises(TypeError):
+        loop.get_debug(hub)  # type: ignore[call-arg]
+    loop.close()
+
+
+def create_task(hub: _core.Hub) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        process = object.__new__(asyncio.subprocess.Process)
+        for _ in range(3):
+            task = loop.create_task(process._noop())
+            with pytest.raises(AttributeError):  # it has no _transport
+                await loop.create_task(process._read_stream(1))
+            await task
+        await loop.create_task(asyncio.sleep(0))
+        with pytest.raises(TypeError):
+            loop.create_task(hub)  # type: ignore[arg-type]
+
+    loop = aiovspawn.new_event_loop()
+    loop.run_until_complete(main())
     loop.close()
 
 
@@ -857,6 +878,8 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.pipe": lambda hub: finished(hub, b"/bin/true").pipe(0),
     "Launch.rusage": lambda hub: finished(hub, b"/bin/true").rusage(),
     "Scheduling.call_soon": call_soon,
+    "Scheduling.get_debug": call_soon,
+    "EagerTasks.create_task": create_task,
     "DeferredLaunch": deferred,
     "latest_hub": latest_hub,
     "new_object": new_object,
@@ -875,7 +898,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
 
 def entry_points() -> set[str]:
     names = {name for name, value in vars(_core).items() if callable(value) and not isinstance(value, type)}
-    for kind in (_core.Hub, _core.Launch, _core.Waiter, _core.Scheduling):
+    for kind in (_core.Hub, _core.Launch, _core.Waiter, _core.Scheduling, _core.EagerTasks):
         methods = (name for name, value in vars(kind).items() if callable(value))
         names |= {f"{kind.__name__}.{name}" for name in methods if name[0] != "_"}
     return {name for name in names if not name.startswith("_")} | {"Hub", "DeferredLaunch"}
