@@ -29,6 +29,9 @@ enum {
     QUIET_SHARES = 32,    /* of that time at the most, where many run at a time: see quiet_end() */
     BULK_LAUNCHES = 16,
     BULK_SIZE = 4096, /* bytes: the smallest pipe is full */
+    STATUS_PIPES = 4, /* so many launches have one before others are awaited without */
+    AWAIT_PAUSE = 500000, /* nanoseconds between two looks at these */
+    AWAIT_PART = 8, /* or so much of the time for which they are awaited */
 };
 
 static uint64_t quiet_time = QUIET_TIME;
@@ -67,6 +70,7 @@ void hub_close(struct hub *hub)
         for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
             hub_unwatch_locked(launch, (enum launch_slot)slot);
         hub_end_quiet_locked(launch);
+        hub_end_await_locked(launch);
         launch->hub = NULL;
     }
     int fd = hub->epoll_fd, timer_fd = hub->timer_fd;
@@ -106,6 +110,8 @@ int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t even
     int operation = launch->watched[slot] ? EPOLL_CTL_MOD : EPOLL_CTL_ADD;
     if (epoll_ctl(launch->hub->epoll_fd, operation, launch_slot_fd(launch, slot), &event) < 0)
         return -errno;
+    if (slot == LAUNCH_STATUS && !launch->watched[slot])
+        launch->hub->statuses++;
     launch->watched[slot] = events;
     set_quiet_locked(launch, launch->quiet & ~(1U << slot));
     return 0;
@@ -119,6 +125,8 @@ void hub_unwatch_locked(struct launch *launch, enum launch_slot slot)
     struct epoll_event unused = {0};
     if ((launch->watched[slot] & ~(uint32_t)EPOLLONESHOT) && hub && hub->epoll_fd >= 0 && !launch_is_foreign(hub->generation))
         (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, launch_slot_fd(launch, slot), &unused);
+    if (slot == LAUNCH_STATUS && launch->watched[slot] && hub)
+        hub->statuses--;
     launch->watched[slot] = 0;
     set_quiet_locked(launch, launch->quiet & ~(1U << slot));
 }
@@ -166,21 +174,28 @@ static int make_timer(struct hub *hub)
 static int set_timer(struct hub *hub, uint64_t time)
 {
     struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
+    if (timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0)
+        return -errno;
     hub->timer_at = time;
-    return timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
+    return 0;
+}
+
+/* Has the timer fire at this time at the latest, for a quiet launch or one that is awaited. */
+static int set_timer_for(struct hub *hub, uint64_t time)
+{
+    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        return -EBADF;
+    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
+    bool is_set = hub->quiet > 0 || hub->awaiting > 0;
+    return result < 0 || (is_set && hub->timer_at <= time) ? result : set_timer(hub, time);
 }
 
 /* From now on the timer looks at these outputs too. */
 static int begin_quiet_locked(struct launch *launch, unsigned outputs)
 {
-    struct hub *hub = launch->hub;
-    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
-        return -EBADF;
-    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
-    if (!launch->quiet)
-        launch->quiet_until = quiet_end(hub, hub_now());
-    if (result == 0 && (hub->quiet == 0 || launch->quiet_until < hub->timer_at))
-        result = set_timer(hub, launch->quiet_until);
+    if (!launch->quiet && launch->hub)
+        launch->quiet_until = quiet_end(launch->hub, hub_now());
+    int result = set_timer_for(launch->hub, launch->quiet_until);
     if (result == 0)
         set_quiet_locked(launch, launch->quiet | outputs);
     return result;
@@ -232,6 +247,57 @@ void hub_set_quiet_time(uint64_t nanoseconds)
 void hub_end_quiet_locked(struct launch *launch)
 {
     set_quiet_locked(launch, 0);
+}
+
+/* ---- launches without a status pipe ------------------------------------------------
+
+ * A status pipe is six of the twelve system calls of a launch that is only waited for: pipe2(2), twice
+ * epoll_ctl(2), read(2), twice close(2). The word that the kernel clears at the exec tells as much, but
+ * wakes nobody. So where many are launched at a time some have a status pipe, whose events bring a look
+ * at the others, and the timer does where there are none.
+ */
+
+bool hub_can_await_locked(const struct hub *hub)
+{
+    return hub && hub->statuses >= STATUS_PIPES && hub->awaiting < HUB_AWAITED;
+}
+
+int hub_await_exec_locked(struct launch *launch)
+{
+    struct hub *hub = launch->hub;
+    launch->awaited_at = hub_now();
+    int result = set_timer_for(hub, launch->awaited_at + AWAIT_PAUSE);
+    if (result < 0)
+        return result;
+    launch->awaited = true;
+    hub->awaited[hub->awaiting++] = launch;
+    return 0;
+}
+
+/* It has a verdict, or nobody is to hear of it. */
+void hub_end_await_locked(struct launch *launch)
+{
+    struct hub *hub = launch->hub;
+    if (!launch->awaited)
+        return;
+    launch->awaited = false;
+    for (int i = 0; i < hub->awaiting; i++)
+        if (hub->awaited[i] == launch) {
+            hub->awaited[i] = hub->awaited[--hub->awaiting];
+            return;
+        }
+}
+
+/* When to look at them again; who takes long need not be told to the millisecond. */
+static uint64_t next_look(const struct hub *hub, uint64_t time)
+{
+    uint64_t next = UINT64_MAX;
+    for (int i = 0; i < hub->awaiting; i++) {
+        uint64_t pause = (time - hub->awaited[i]->awaited_at) / AWAIT_PART;
+        pause = pause > AWAIT_PAUSE ? pause : AWAIT_PAUSE;
+        next = time + pause < next ? time + pause : next;
+    }
+    return next;
 }
 
 /* A program has filled its pipe: the next ones will do so too, and those that run may have. */
@@ -396,7 +462,7 @@ static void end_all_quiet(struct hub *hub)
 /* Whose time has come but whose turn has not, has it in the next drain. */
 static void drain_timer(struct hub *hub)
 {
-    uint64_t time = hub_now(), next = UINT64_MAX;
+    uint64_t time = hub_now(), next = next_look(hub, time);
     size_t left = hub->quiet;
     bool was_bulk = hub->bulk > 0;
     int polled = 0, before = hub->count;
@@ -414,6 +480,16 @@ static void drain_timer(struct hub *hub)
         next = time; /* the time of all has come since they were looked at */
     if (next != UINT64_MAX && set_timer(hub, next) < 0)
         end_all_quiet(hub);
+}
+
+static void drain_awaited(struct hub *hub)
+{
+    for (int i = 0; i < hub->awaiting;) {
+        struct launch *launch = hub->awaited[i];
+        drain_status(hub, launch);
+        if (launch->awaited)
+            i++; /* else there is another in its place */
+    }
 }
 
 static void drain_one(struct hub *hub, const struct epoll_event *ready)
@@ -483,10 +559,11 @@ int hub_drain(struct hub *hub)
     launch_lock();
     int result = begin_locked(hub);
     if (result == 0) {
+        drain_awaited(hub);
         int batch = epoll_wait(hub->epoll_fd, ready, HUB_BATCH, 0);
         for (int i = 0; i < batch; i++)
             drain_one(hub, &ready[i]);
-        result = batch < 0 && errno != EINTR ? -errno : hub->count;
+        result = batch < 0 && errno != EINTR && hub->count == 0 ? -errno : hub->count;
         hub->draining = result >= 0;
     }
     launch_unlock();

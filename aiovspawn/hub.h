@@ -13,7 +13,8 @@
 enum {
     HUB_BATCH = 16,             /* ready fds looked at in one drain: epoll hands them out in turn */
     HUB_POLLED = 8,             /* outputs that are not watched, looked at in one drain */
-    HUB_EVENTS = 3 * (HUB_BATCH + HUB_POLLED), /* what these can give */
+    HUB_AWAITED = 64,           /* launches without a status pipe whose exec is to be told, looked at in each drain */
+    HUB_EVENTS = 3 * (HUB_BATCH + HUB_POLLED) + HUB_AWAITED, /* what these can give */
     HUB_READ_SIZE = 64 * 1024,  /* bytes read from one pipe in one drain */
     HUB_BUFFER_SIZE = (HUB_BATCH + HUB_POLLED + 1) * HUB_READ_SIZE, /* the last of them is nobody's: hub_scratch() */
 };
@@ -43,10 +44,13 @@ struct hub_event {
 
 struct hub {
     int epoll_fd; /* -1 when closed */
-    int timer_fd; /* in the epoll set; -1 before there is a quiet launch: hub_watch_later_locked() */
+    int timer_fd; /* in the epoll set; -1 before it is needed: set_timer_for() */
     uint64_t timer_at; /* when it was last told to fire; nanoseconds, CLOCK_MONOTONIC */
     size_t quiet; /* launches that have outputs which are not watched */
     unsigned bulk; /* so many launches to come are not to be quiet */
+    size_t statuses; /* status pipes that are watched */
+    int awaiting; /* of `awaited` */
+    struct launch *awaited[HUB_AWAITED];
     uint64_t generation;
     size_t used; /* of buffer */
     int count;   /* of events */
@@ -70,6 +74,9 @@ uint64_t hub_now(void);
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 int hub_watch_pidfd_locked(struct launch *launch);
 int hub_watch_later_locked(struct launch *launch);
+bool hub_can_await_locked(const struct hub *hub);
+int hub_await_exec_locked(struct launch *launch);
+void hub_end_await_locked(struct launch *launch);
 uint32_t hub_output_events(const struct launch *launch);
 int hub_watch_output_locked(struct launch *launch, enum launch_slot slot);
 void hub_pause_output_locked(struct launch *launch, enum launch_slot slot);

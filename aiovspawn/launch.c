@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -53,6 +54,9 @@ enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has
 
 /* A child has been seen to write to our memory: under some emulators it has a copy. */
 static bool memory_is_shared;
+/* An exec has been seen to clear the child's word: where only its exit did, who goes without a status
+ * pipe would not be heard of before. */
+static bool exec_clears_word;
 static int latest_fd; /* of the last child's pidfd: its number tells how many files are open */
 
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
@@ -302,6 +306,7 @@ static void set_sharing_locked(struct launch *launch, bool shares)
 static void close_all_locked(struct launch *launch)
 {
     hub_end_quiet_locked(launch);
+    hub_end_await_locked(launch);
     set_sharing_locked(launch, false);
     spawn_close_cgroup(&launch->ends);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
@@ -354,6 +359,7 @@ static void set_verdict_locked(struct launch *launch, enum launch_verdict verdic
 {
     bool ended = !launch->hides_memory || has_ended || launch->reaped || has_other_memory(launch);
     launch->verdict = verdict;
+    hub_end_await_locked(launch);
     set_detached_locked(launch);
     if (ended)
         launch_close_slot_locked(launch, LAUNCH_STATUS);
@@ -404,6 +410,7 @@ static bool set_failed_locked(struct launch *launch, struct spawn_record record)
         set_sharing_locked(launch, false);
         spawn_close_own_child_ends(&launch->ends);
         launch->verdict = LAUNCH_FAILED;
+        hub_end_await_locked(launch);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         (void)launch_left_memory_locked(launch);
     } else {
@@ -421,6 +428,28 @@ static bool read_record_locked(struct launch *launch)
         return set_failed_locked(launch, launch->record);
     set_verdict_locked(launch, LAUNCH_EXECED, false);
     return true;
+}
+
+/* Whether a process that was not reaped has memory: a dying one gives it up, after which its files are
+ * closed, and then its pidfd tells. proc(5): statm is all zeros. */
+static bool has_memory(pid_t pid)
+{
+    char path[32], text[2] = "0";
+    (void)snprintf(path, sizeof path, "/proc/%d/statm", (int)pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    bool is_read = fd >= 0 && read(fd, text, sizeof text) > 0;
+    if (fd >= 0)
+        (void)close(fd);
+    return is_read && text[0] != '0';
+}
+
+/* All writers of the status pipe have gone. If the word has been cleared too, and there still is memory,
+ * it is the exec that has cleared it. */
+static void note_exec_locked(const struct launch *launch)
+{
+    bool cleared = launch->detached && !launch->block; /* which was freed for that reason */
+    if (!exec_clears_word && cleared && !launch->exited && launch->pidfd >= 0)
+        exec_clears_word = has_memory(launch->pid);
 }
 
 /* Looks once at the status pipe of a launch without a verdict; true when there
@@ -452,6 +481,8 @@ bool launch_read_status_locked(struct launch *launch)
         return set_failed_locked(launch, (struct spawn_record){.op = SPAWN_UNSHARE_FDS, .error = EAGAIN});
     if (size == 0 || launch->exited || (left && !launch->shares_fds && (!launch->hides_memory || launch->overdue)))
         set_verdict_locked(launch, LAUNCH_EXECED, size == 0);
+    if (size == 0)
+        note_exec_locked(launch);
     return launch->verdict != LAUNCH_PENDING;
 }
 
@@ -625,6 +656,7 @@ static void close_locked(struct launch *launch)
     hub_unwatch_locked(launch, LAUNCH_STATUS);
     hub_unwatch_locked(launch, LAUNCH_PIDFD);
     hub_end_quiet_locked(launch);
+    hub_end_await_locked(launch);
     launch->hub = NULL;
     spawn_close_cgroup(&launch->ends);
     if (launch->verdict == LAUNCH_PENDING)
@@ -658,10 +690,11 @@ void launch_free(struct launch *launch)
 /* ---- starting ------------------------------------------------------------------- */
 
 /* Where nobody waits for the exec, the status pipe is looked at when the child has exited or
- * the hub is swept. */
+ * the hub is swept; where there is none, see hub_await_exec_locked(). */
 static int watch_ends_locked(struct launch *launch)
 {
-    int result = launch_tells_exec(launch) ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
+    bool watches = launch_tells_exec(launch) && !launch->by_memory;
+    int result = watches ? hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN) : 0;
     if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     bool outputs = launch->ends.parent[1] >= 0 || launch->ends.parent[2] >= 0;
@@ -775,19 +808,25 @@ static void enter_cgroup_locked(struct launch *launch)
     launch->is_guest = true;
 }
 
-/* Whether a launch needs no status pipe: nobody waits for its exec, and the child's part is
- * done in our memory, which nobody else is to see through it. */
-static bool tells_by_memory_locked(const struct block *block, const struct launch_options *options)
+/* Whether a launch needs no status pipe: the child's part is done in our memory, which nobody else is
+ * to see through it, and nobody waits for its exec, or the hub looks at the word often enough. The word
+ * is cleared a moment before what is close-on-exec is closed: whoever waits is not to be told as long as
+ * files of ours are open in the child, which are not where it has closed them by itself. */
+static bool tells_by_memory_locked(struct launch *launch, const struct block *block,
+                                   const struct launch_options *options)
 {
-    return options->one_shot && !options->tells_exec && memory_is_shared && spawn_is_detached(options->rung) &&
-           latest_fd < share_fds_from && !spawn_needs_status_pipe(&block->request);
+    bool can = options->one_shot && memory_is_shared && spawn_is_detached(options->rung) &&
+               latest_fd < share_fds_from && !spawn_needs_status_pipe(&block->request);
+    if (!can || !options->tells_exec)
+        return can;
+    return exec_clears_word && block->request.close_fds && hub_can_await_locked(launch->hub) && hub_await_exec_locked(launch) == 0;
 }
 
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,
                                  enum spawn_op *ret_op)
 {
     enum spawn_rung rung = options->rung;
-    launch->by_memory = block->request.by_memory = tells_by_memory_locked(block, options);
+    launch->by_memory = block->request.by_memory = tells_by_memory_locked(launch, block, options);
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
     if (result == 0)
         result = watch_ends_locked(launch);

@@ -75,6 +75,8 @@ struct launch {
     uint64_t hidden_at; /* nanoseconds, CLOCK_MONOTONIC */
     bool overdue; /* a sweep has found that it left our memory, but no end of file */
     bool by_memory; /* there is no status pipe: the block has the record of a failure */
+    bool awaited;   /* it is in its hub's `awaited` */
+    uint64_t awaited_at; /* nanoseconds, CLOCK_MONOTONIC */
     uint64_t hidings; /* how often our memory had been hidden when it was cloned */
     bool shares_fds;  /* the child has not said yet that it left our fd table: its ends must stay */
     bool exited;      /* returncode is set */

@@ -88,6 +88,11 @@ def _open_fds() -> dict[str, str]:
     return fds
 
 
+def open_pipes() -> int:
+    """How many fds of this process are pipes."""
+    return sum(target.startswith("pipe:") for target in _open_fds().values())
+
+
 def _threads() -> set[str]:
     return set(os.listdir("/proc/self/task"))
 

@@ -17,6 +17,7 @@ from select import select
 from typing import Any
 
 import pytest
+from conftest import SHARED, open_pipes
 
 import aiovspawn
 from aiovspawn import _core
@@ -333,6 +334,55 @@ async def test_every_launch_is_looked_after(call: Callable[[], Awaitable[Any]]) 
     await until(lambda: hub.transports or launched.done())
     assert hub.sweeping
     await launched
+
+
+async def test_many_at_a_time_have_few_status_pipes(core_rung: str, request: pytest.FixtureRequest) -> None:
+    """Where there are some already, the word that the kernel clears at the exec tells as much."""
+    alive = await aiovspawn.create_subprocess_exec("sleep", "1000")  # seen to exec
+    before = open_pipes()
+    creates = [asyncio.ensure_future(aiovspawn.create_subprocess_exec("sleep", "1000")) for _ in range(20)]
+    await asyncio.sleep(0)
+    if core_rung.startswith("detached"):
+        shares = request.node.callspec.id == SHARED
+        assert open_pipes() - before == (20 if shares else 4)
+    processes = await asyncio.gather(*creates)
+    for process in (alive, *processes):
+        assert process.returncode is None
+        process.kill()
+    assert {await process.wait() for process in (alive, *processes)} == {-signal.SIGKILL}
+    assert open_pipes() == before
+
+
+async def test_many_at_a_time_fail_each_for_its_own_reason(core_rung: str, tmp_path: Path) -> None:
+    alive = await aiovspawn.create_subprocess_exec("sleep", "1000")
+    failures: list[tuple[dict[str, Any], type[OSError], str]] = [
+        ({"program": "/nonexistent"}, FileNotFoundError, "exec"),
+        ({"program": tmp_path}, PermissionError, "exec"),
+        ({"program": "true", "cwd": "/nonexistent"}, FileNotFoundError, "cwd"),
+    ]
+    creates = [
+        aiovspawn.create_subprocess_exec(**keywords, stdout=PIPE)
+        for _ in range(10)
+        for keywords, *_ in failures
+    ]
+    found = await asyncio.gather(*creates, return_exceptions=True)
+    for exc, (_, error, step) in zip(found, failures * 10, strict=True):
+        assert type(exc) is error
+        assert f"failed at step {step!r}" in exc.__notes__[0]
+    alive.kill()
+    await alive.wait()
+
+
+async def test_many_at_a_time_are_cancelled(core_rung: str) -> None:
+    alive = await aiovspawn.create_subprocess_exec("sleep", "1000")
+    creates = [asyncio.ensure_future(aiovspawn.create_subprocess_exec("sleep", "1000")) for _ in range(20)]
+    await asyncio.sleep(0)
+    for create in creates:
+        create.cancel()
+    found = await asyncio.gather(*creates, return_exceptions=True)
+    assert {type(exc) for exc in found} == {asyncio.CancelledError}
+    alive.kill()
+    await alive.wait()
 
 
 FORKED_LOOP = """

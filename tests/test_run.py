@@ -25,7 +25,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import HERE, LOOP_FACTORIES, SHARED, on_loop
+from conftest import HERE, LOOP_FACTORIES, SHARED, on_loop, open_pipes
 
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, _hub, run_process
@@ -747,14 +747,6 @@ loop.close()
 os._exit(0)
 """
     subprocess.run([*python, "-c", code], check=True, timeout=60)
-
-
-def open_pipes() -> int:
-    count = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
-            count += os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")
-    return count
 
 
 async def test_failure_is_told_without_a_status_pipe(
