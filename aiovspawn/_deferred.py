@@ -74,31 +74,42 @@ class Deferred(_core.DeferredLaunch):
 
     async def communicate(self) -> tuple[bytes | None, bytes | None] | None:
         """Wait for the end of the process and of its output, and return that; None: the streams have it."""
-        await self._read((1, 2), FINISHED)
-        outcome = None if self.launch.status_lost else self.launch.outcome()
+        launch = self.launch
+        readers = self._begin()
+        readers[1] += 1
+        readers[2] += 1
+        try:
+            launch.set_limit(1, -1)
+            launch.set_limit(2, -1)
+            await launch.waiter(self._loop, FINISHED)
+        finally:
+            self._end(1)
+            self._end(2)
+        outcome = None if launch.status_lost else launch.outcome()
         return outcome and outcome[2:4]
 
     async def read(self, fd: int) -> bytes | None:
         """Wait for the end of one output and return all of it; None: the streams have it."""
-        await self._read((fd,), ENDED[fd])
-        return self.launch.take_output(fd)
-
-    async def _read(self, fds: tuple[int, ...], until: int) -> None:
         launch = self.launch
-        if self._readers is None:
-            self._readers = [0, 0, 0]
-        readers = self._readers
-        for fd in fds:
-            readers[fd] += 1
+        self._begin()[fd] += 1
         try:
-            for fd in fds:
-                launch.set_limit(fd, -1)
-            await launch.waiter(self._loop, until)
+            launch.set_limit(fd, -1)
+            await launch.waiter(self._loop, ENDED[fd])
         finally:
-            for fd in fds:
-                readers[fd] -= 1
-                if readers[fd] == 0:
-                    launch.set_limit(fd, 2 * self._limit)
+            self._end(fd)
+        return launch.take_output(fd)
+
+    def _begin(self) -> list[int]:
+        readers = self._readers
+        if readers is None:
+            readers = self._readers = [0, 0, 0]
+        return readers
+
+    def _end(self, fd: int) -> None:
+        readers = self._begin()
+        readers[fd] -= 1
+        if readers[fd] == 0:
+            self.launch.set_limit(fd, 2 * self._limit)
 
     def open(self) -> Streams:
         """Open the streams, with what has come so far."""

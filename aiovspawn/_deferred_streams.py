@@ -152,23 +152,24 @@ class DeferredTransport(_Unasked, SubprocessTransport):
         returncode = launch.returncode
         return await opened(self)._wait() if returncode is None else returncode
 
-    async def read(self, fd: int) -> bytes | None:
-        """Wait for the end of one output; as Deferred.read()."""
-        output = await self._deferred.read(fd)
-        if output is not None:
-            self._unread.pop(fd, None)
-        return output
-
 
 class DeferredPipe(_Unasked, ReadPipe):
-    """A ReadPipe that nobody has done anything with."""
+    """A ReadPipe that nobody has done anything with, but to close it at its end."""
+
+    _left = False
+    """It has been closed, and the process has forgotten it."""
 
     def __init__(self, process: DeferredTransport, fd: int) -> None:
         self.process = process
         self.fd = fd
 
     def _open(self) -> None:
-        opened(self.process)
+        if self._left:
+            self.become_real(self.process)
+            self._closing = self.disconnected = True
+            del self.process
+        else:
+            opened(self.process)
 
     def become_real(self, process: SubprocessTransport) -> ReadPipe:
         """Be a ReadPipe from now on."""
@@ -180,14 +181,13 @@ class DeferredPipe(_Unasked, ReadPipe):
         return f"<{type(self).__name__} fd={self.fd}>"
 
     def close(self) -> None:
-        if not isinstance(self, DeferredPipe) or self.process._launch.pipe(self.fd) >= 0:
+        if not isinstance(self, DeferredPipe):
+            self.close()
+        elif self.process._launch.pipe(self.fd) >= 0:
             opened(self).close()
-            return
-        process = self.process  # it has been read to its end
-        process.leave_pipe(self.fd)  # type: ignore[attr-defined]
-        self.become_real(process)
-        self._closing = self.disconnected = True
-        del self.process
+        elif not self._left:  # it has been read to its end
+            self.process.leave_pipe(self.fd)  # type: ignore[attr-defined]
+            self._left = True
 
 
 class DeferredReader(_Unasked, asyncio.StreamReader):
@@ -263,12 +263,14 @@ class DeferredReader(_Unasked, asyncio.StreamReader):
             return b""  # whoever else reads
         process = self._process if isinstance(self, DeferredReader) and not self._is_read else None
         if n < 0 and isinstance(process, DeferredTransport):
+            fd = self._fd
             self._is_read = True
             try:
-                output = await process.read(self._fd)
+                output = await process._deferred.read(fd)
             finally:
                 self._is_read = False
             if output is not None:
+                process._unread.pop(fd, None)
                 self._process = None
                 return output
         return await opened_for("read", self).read(n)
