@@ -1,8 +1,8 @@
 /* What Python code gives for a launch, copied into the launch's block: see _arguments.h. */
 #include "_arguments.h"
+#include "environment.h"
 
 #include <string.h>
-#include <sys/auxv.h>
 
 /* ---- strings -------------------------------------------------------------------- */
 
@@ -99,70 +99,6 @@ static char **put_strings(struct block *block, PyObject *tuple)
     return array;
 }
 
-/* ---- the environment ------------------------------------------------------------- */
-
-extern char **environ;
-
-/* Where the kernel put the environment that the process was started with, one string after the
- * other up to the name of the program (getauxval(3)). The memory is there as long as the
- * process is; what setenv(3) adds lies elsewhere. Of a changed one it is what comes after. */
-static const char *first_environ;
-static size_t first_environ_size;
-
-static void find_first_environ(void)
-{
-    const char *last = (const char *)getauxval(AT_EXECFN), *begin = NULL, *end = NULL;
-    if (first_environ)
-        return; /* another interpreter's thread may be using it */
-    for (char **string = environ; string && *string && (!end || end != last); string++) {
-        if (*string != end)
-            begin = *string;
-        end = *string + strlen(*string) + 1;
-    }
-    if (end && end == last) {
-        first_environ_size = (size_t)(end - begin);
-        first_environ = begin;
-    }
-}
-
-static size_t environ_size(void)
-{
-    size_t size = sizeof(char *) + 16 + 15 + first_environ_size + 16;
-    for (char **string = environ; string && *string; string++)
-        size += sizeof(char *) + strlen(*string) + 1;
-    return size;
-}
-
-/* The C environment as it is now: the child may exec later, and another thread's
- * putenv() may have freed its strings by then. */
-static char **put_environ(struct block *block)
-{
-    size_t count = 0;
-    while (environ && environ[count])
-        count++;
-    char **array = block_take(block, (count + 1) * sizeof *array);
-    /* All of the first one at once: most of it is still in use. */
-    char *first = array ? put_string(block, first_environ ? first_environ : "", first_environ_size) : NULL;
-    if (!first)
-        return NULL;
-    size_t room, i = 0;
-    char *begin = block_rest(block, &room), *at = begin;
-    for (; i < count && environ && environ[i]; i++) {
-        uintptr_t offset = (uintptr_t)environ[i] - (uintptr_t)first_environ;
-        if (offset < first_environ_size) {
-            array[i] = first + offset;
-            continue;
-        }
-        array[i] = at;
-        at = memccpy(at, environ[i], '\0', room - (size_t)(at - begin));
-        if (!at)
-            return NULL;
-    }
-    array[i] = NULL;
-    (void)block_take(block, (size_t)(at - begin));
-    return array;
-}
-
 /* ---- steps and pass_fds ------------------------------------------------------------ */
 
 /* A step is (op, a, b, bytes or None). ret_data is borrowed. */
@@ -252,17 +188,21 @@ static size_t arena_size(const struct launch_arguments *args)
     };
     size_t table = spawn_step_bound(&counted) * sizeof(struct spawn_step) + 16;
     size_t fds = counted.pass_fd_count * sizeof(int) + 16;
-    size_t env = args->env ? strings_size(args->env) : environ_size();
+    size_t env = args->env ? strings_size(args->env) : 0;
     return steps + table + fds + env + strings_size(args->argv) + strings_size(args->programs);
 }
 
 static bool fill_block(struct block *block, const struct launch_arguments *args)
 {
     struct spawn_request *request = &block->request;
+    if (!args->env && !(block->environment = environment_now())) {
+        PyErr_NoMemory();
+        return false;
+    }
     *request = (struct spawn_request){
         .programs = (const char *const *)put_strings(block, args->programs),
         .argv = put_strings(block, args->argv),
-        .envp = args->env ? put_strings(block, args->env) : put_environ(block),
+        .envp = args->env ? put_strings(block, args->env) : block->environment->strings,
         .stdio = {args->stdio[0], args->stdio[1], args->stdio[2]},
         .pipe_size = args->pipe_size,
         .close_fds = args->close_fds,
@@ -291,7 +231,7 @@ static struct block *block_with(const struct launch_arguments *args, size_t size
 }
 
 /* Most launches fit into a block of the usual size: what they need is measured only where
- * they do not. The environment may have grown in between: then there is no memory. */
+ * they do not. */
 struct block *arguments_block(const struct launch_arguments *args)
 {
     struct block *block = block_with(args, 0);
@@ -307,6 +247,6 @@ struct block *arguments_block(const struct launch_arguments *args)
 /* What is found out once. */
 void arguments_init(void)
 {
-    find_first_environ();
+    environment_init();
     find_ascii();
 }

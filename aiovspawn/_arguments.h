@@ -1,5 +1,5 @@
 /* What Python code gives for a launch, and the block that the child reads it from. Nothing in
- * there belongs to Python: every string is copied.
+ * there belongs to Python: every string is copied, those of the environment once for many launches.
  */
 #ifndef AIOVSPAWN_ARGUMENTS_H
 #define AIOVSPAWN_ARGUMENTS_H

@@ -1,6 +1,7 @@
 /* The in-flight table: see launch.h for its rules. */
 #define _GNU_SOURCE
 #include "launch.h"
+#include "environment.h"
 #include "hub.h"
 #include "idmap.h"
 #include "probe.h"
@@ -145,8 +146,10 @@ struct block *block_new(size_t arena_size)
     }
     if (!block)
         block = map_block(overhead + arena_size > BLOCK_SIZE ? overhead + arena_size : BLOCK_SIZE);
-    if (block)
+    if (block) {
         block->used = 0;
+        block->environment = NULL;
+    }
     return block;
 }
 
@@ -171,6 +174,8 @@ void *block_rest(struct block *block, size_t *ret_size)
 
 static void block_free_locked(struct block *block)
 {
+    if (block->environment)
+        environment_release_locked(block->environment);
     if (block->size <= BLOCK_SIZE && counts.free_blocks < FREE_BLOCKS_MAX) {
         block->next = free_blocks;
         free_blocks = block;

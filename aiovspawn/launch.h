@@ -34,6 +34,7 @@
 #define SYS_close_range 436
 #endif
 
+struct environment;
 struct hub;
 
 /* The memory of one child: guard page, stack, then what it reads. */
@@ -41,6 +42,7 @@ struct block {
     struct block *next; /* in the list of free blocks */
     size_t size;        /* of the whole mapping, bytes */
     size_t used;        /* of the arena */
+    struct environment *environment; /* a reference, for the child to read from; or NULL */
     struct spawn_request request;
     struct spawn_child child;
     _Alignas(16) char arena[];

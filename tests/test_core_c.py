@@ -14,7 +14,7 @@ from aiovspawn import _core
 from aiovspawn._launch import CORE_RUNGS
 
 SOURCE = HERE.parent / "aiovspawn"
-CORE = ["spawn.c", "ends.c", "steps.c", "idmap.c", "launch.c", "hub.c", "probe.c"]
+CORE = ["spawn.c", "ends.c", "environment.c", "steps.c", "idmap.c", "launch.c", "hub.c", "probe.c"]
 BATTERY = HERE / "c" / "battery.c"
 NAMES = re.findall(r"^    TEST\((\w+)\),$", BATTERY.read_text(), re.MULTILINE)
 
