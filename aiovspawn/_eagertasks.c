@@ -1,7 +1,7 @@
 /* The mixin EagerTasks: see _eagertasks.h, and for what eager tasks are, asyncio.eager_task_factory()
  * (Python 3.12). Only coroutines of asyncio.subprocess.Process are started at once, of which nobody can
- * see in which turn of the loop they are; and none where the user has a task factory of his own, in
- * debug mode, or where the loop is not the one that runs.
+ * see in which turn of the loop they are; and none where the user has a task factory or a create_task()
+ * of his own, in debug mode, or where the loop is not the one that runs.
  */
 #include "_eagertasks.h"
 #include "_launchobject.h"
@@ -18,6 +18,7 @@ static const char *const coroutine_names[COROUTINES] = {
 static const char *const eager_names[EAGER_NAMES] = {
     [NAME_CODE] = "cr_code",
     [NAME_CLOSE] = "close",
+    [NAME_MODULE] = "__module__",
     [NAME_TASK] = "Task",
     [NAME_CREATE_TASK] = "create_task",
     [NAME_GET_DEBUG] = "get_debug",
@@ -59,10 +60,49 @@ static PyObject *task_factory_of(struct eager_tasks *tasks, PyObject *loop)
     return factory;
 }
 
+/* Whether it is asyncio's create_task(), or uvloop's, which is Cython's: others may want to see all tasks.
+ * -1 with an exception set. */
+static int is_known(struct eager_tasks *tasks, PyObject *method)
+{
+    PyObject *function = PyMethod_Check(method) ? PyMethod_GET_FUNCTION(method) : method;
+    if (PyFunction_Check(function))
+        return PyFunction_GET_GLOBALS(function) == tasks->globals;
+    PyObject *module = PyObject_GetAttr(function, tasks->names[NAME_MODULE]);
+    if (!module && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+        PyErr_Clear();
+        return 0;
+    }
+    if (!module)
+        return -1;
+    bool is_uvloops = PyUnicode_Check(module) && PyUnicode_CompareWithASCIIString(module, "uvloop.loop") == 0;
+    Py_DECREF(module);
+    return is_uvloops;
+}
+
+/* Whether create_task() after the mixin may be left out: looked for once, until the type changes. */
+static int leaves_out_none(struct eager_tasks *tasks, PyObject *loop)
+{
+    PyTypeObject *type = Py_TYPE(loop);
+    if (type == tasks->known_type && type->tp_version_tag == tasks->known_version && tasks->known_version)
+        return 1;
+    PyObject *super = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, tasks->mixin, loop, NULL);
+    PyObject *method = super ? PyObject_GetAttr(super, tasks->names[NAME_CREATE_TASK]) : NULL;
+    int known = method ? is_known(tasks, method) : -1;
+    if (known == 1) {
+        tasks->known_type = type;
+        tasks->known_version = type->tp_version_tag;
+    }
+    Py_XDECREF(super);
+    Py_XDECREF(method);
+    return known;
+}
+
 /* 1, 0, or -1 with an exception set. */
 static int can_start_now(struct eager_tasks *tasks, PyObject *loop)
 {
-    int can = is_this(PyObject_CallNoArgs(tasks->get_running_loop), loop);
+    int can = leaves_out_none(tasks, loop);
+    if (can == 1)
+        can = is_this(PyObject_CallNoArgs(tasks->get_running_loop), loop);
     if (can == 1)
         can = is_this(PyObject_GetAttr(tasks->module, tasks->names[NAME_TASK]), tasks->task_type);
     if (can == 1)
@@ -70,19 +110,22 @@ static int can_start_now(struct eager_tasks *tasks, PyObject *loop)
     return can == 1 ? is_this(PyObject_CallMethodNoArgs(loop, tasks->names[NAME_GET_DEBUG]), Py_False) : can;
 }
 
-/* Task(coroutine, loop=loop, eager_start=True) */
-static PyObject *start_now(struct eager_tasks *tasks, PyObject *loop, PyObject *coroutine)
+/* Task(coroutine, loop=loop, eager_start=True, context=context); None for a copy of the current one. */
+static PyObject *start_now(struct eager_tasks *tasks, PyObject *loop, PyObject *coroutine, PyObject *context)
 {
-    PyObject *args[] = {coroutine, loop, Py_True};
+    PyObject *args[] = {coroutine, loop, Py_True, context};
     return PyObject_Vectorcall(tasks->task_type, args, 1, tasks->keywords);
 }
 
-/* One finished task of a loop serves for all that have nothing to do. */
+/* One finished task of a loop serves for all that have nothing to do. In an empty context: it would keep
+ * the first caller's alive. */
 static PyObject *finished_noop(struct eager_tasks *tasks, PyObject *loop, PyObject *coroutine)
 {
     PyObject *task = PyObject_GetAttr(loop, tasks->names[NAME_FINISHED_NOOP]);
     if (task == Py_None) {
-        Py_SETREF(task, start_now(tasks, loop, coroutine));
+        PyObject *context = PyContext_New();
+        Py_SETREF(task, context ? start_now(tasks, loop, coroutine, context) : NULL);
+        Py_XDECREF(context);
         if (task && PyObject_SetAttr(loop, tasks->names[NAME_FINISHED_NOOP], task) < 0)
             Py_CLEAR(task);
         return task;
@@ -106,7 +149,7 @@ static PyObject *EagerTasks_create_task(PyObject *self, PyTypeObject *mixin, PyO
         return NULL;
     if (!can)
         return call_next(mixin, self, tasks->names[NAME_CREATE_TASK], args, count, names);
-    return which == COROUTINE_NOOP ? finished_noop(tasks, self, args[0]) : start_now(tasks, self, args[0]);
+    return which == COROUTINE_NOOP ? finished_noop(tasks, self, args[0]) : start_now(tasks, self, args[0], Py_None);
 }
 
 PyDoc_STRVAR(create_task_doc, "create_task($self, coro, /, *, name=None, context=None, **kwargs)\n--\n\n"
@@ -162,10 +205,11 @@ static int find_task(struct eager_tasks *self)
     PyObject *base = attribute_of("asyncio.base_events", "BaseEventLoop");
     self->get_task_factory = base ? PyObject_GetAttr(base, self->names[NAME_GET_TASK_FACTORY]) : NULL;
     Py_XDECREF(base);
+    self->globals = attribute_of("asyncio.base_events", "__dict__");
     self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop");
     self->module = PyImport_ImportModule("asyncio.tasks");
     PyObject *task_type = self->module ? PyObject_GetAttr(self->module, self->names[NAME_TASK]) : NULL;
-    if (!self->get_task_factory || !self->get_running_loop || !task_type) {
+    if (!self->get_task_factory || !self->globals || !self->get_running_loop || !task_type) {
         Py_XDECREF(task_type);
         return -1;
     }
@@ -181,7 +225,7 @@ int eager_tasks_init(struct eager_tasks *self, PyObject *module)
     for (int i = 0; i < EAGER_NAMES; i++)
         if (!(self->names[i] = PyUnicode_InternFromString(eager_names[i])))
             return -1;
-    self->keywords = Py_BuildValue("(ss)", "loop", "eager_start");
+    self->keywords = Py_BuildValue("(sss)", "loop", "eager_start", "context");
     self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &EagerTasks_spec, NULL);
     if (!self->keywords || !self->mixin || PyModule_AddType(module, self->mixin) < 0 || find_codes(self) < 0)
         return -1;
@@ -197,6 +241,7 @@ int eager_tasks_traverse(struct eager_tasks *self, visitproc visit, void *arg)
         Py_VISIT(self->codes[i]);
     Py_VISIT(self->get_running_loop);
     Py_VISIT(self->get_task_factory);
+    Py_VISIT(self->globals);
     Py_VISIT(self->keywords);
     return 0;
 }
@@ -210,6 +255,7 @@ void eager_tasks_clear(struct eager_tasks *self)
         Py_CLEAR(self->codes[i]);
     Py_CLEAR(self->get_running_loop);
     Py_CLEAR(self->get_task_factory);
+    Py_CLEAR(self->globals);
     Py_CLEAR(self->keywords);
     for (int i = 0; i < EAGER_NAMES; i++)
         Py_CLEAR(self->names[i]);

@@ -11,10 +11,11 @@
 /* The coroutine functions of asyncio.subprocess.Process that are known; see coroutine_names. */
 enum { COROUTINE_NOOP, COROUTINE_READ_STREAM, COROUTINE_FEED_STDIN, COROUTINES };
 
-/* Names of attributes of a coroutine, of asyncio.tasks, and of a loop. */
+/* Names of attributes of a coroutine, of a function, of asyncio.tasks, and of a loop. */
 enum {
     NAME_CODE,
     NAME_CLOSE,
+    NAME_MODULE,
     NAME_TASK,
     NAME_CREATE_TASK,
     NAME_GET_DEBUG,
@@ -32,7 +33,10 @@ struct eager_tasks {
     PyObject *codes[COROUTINES];
     PyObject *get_running_loop; /* asyncio.events._get_running_loop */
     PyObject *get_task_factory; /* asyncio.BaseEventLoop's */
+    PyObject *globals;          /* of asyncio.base_events */
     PyObject *keywords;         /* names of arguments of a Task */
+    const void *known_type;     /* a type of loops with a create_task() that may be left out; not a reference */
+    unsigned int known_version; /* of that type, by which it is this one, and unchanged */
     PyObject *names[EAGER_NAMES];
 };
 

@@ -76,19 +76,20 @@ static struct environment *fill(struct environment *copy, size_t count, size_t r
     copy->strings = (char **)(copy + 1);
     copy->sources = copy->strings + count + 1;
     copy->first = (char *)(copy->sources + count);
-    char *at = copy->first + first_size, *end = at + room;
+    char *at = copy->first + first_size, *end = at + 1 + room;
     if (first_size)
         memcpy(copy->first, first, first_size);
+    *at++ = '\0'; /* somebody may have overwritten its own last */
     for (; environ && environ[i]; i++) {
         if (i == count)
             return NULL;
-        copy->sources[i] = environ[i];
-        if (is_in_first(environ[i])) {
-            copy->strings[i] = copy->first + (environ[i] - first);
+        char *string = copy->sources[i] = environ[i];
+        if (is_in_first(string)) {
+            copy->strings[i] = copy->first + (string - first);
             continue;
         }
         copy->strings[i] = at;
-        at = memccpy(at, environ[i], '\0', (size_t)(end - at));
+        at = memccpy(at, string, '\0', (size_t)(end - at));
         if (!at)
             return NULL;
     }
@@ -103,7 +104,7 @@ static struct environment *new_copy(void)
         size_t count = 0, room = 0;
         for (; environ && environ[count]; count++)
             room += is_in_first(environ[count]) ? 0 : strlen(environ[count]) + 1;
-        struct environment *copy = malloc(sizeof *copy + (2 * count + 1) * sizeof(char *) + first_size + room);
+        struct environment *copy = malloc(sizeof *copy + (2 * count + 1) * sizeof(char *) + first_size + 1 + room);
         if (!copy || fill(copy, count, room))
             return copy;
         free(copy);

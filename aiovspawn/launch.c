@@ -58,6 +58,7 @@ static bool memory_is_shared;
 /* An exec has been seen to clear the child's word: where only its exit did, who goes without a status
  * pipe would not be heard of before. */
 static bool exec_clears_word;
+enum { EXECS_LOOKED_AT = 64 }; /* at first */
 static int latest_fd; /* of the last child's pidfd: its number tells how many files are open */
 
 /* Launches that change ids while their child shares our memory, see hide_memory_locked(). */
@@ -449,11 +450,16 @@ static bool has_memory(pid_t pid)
 }
 
 /* All writers of the status pipe have gone. If the word has been cleared too, and there still is memory,
- * it is the exec that has cleared it. */
+ * it is the exec that has cleared it. Later looked at less and less often: where all are dead when their
+ * exec is heard of, or /proc is closed, it is in vain. */
 static void note_exec_locked(const struct launch *launch)
 {
+    static unsigned seen;
     bool cleared = launch->detached && !launch->block; /* which was freed for that reason */
-    if (!exec_clears_word && cleared && !launch->exited && launch->pidfd >= 0)
+    if (exec_clears_word || !cleared || launch->exited || launch->pidfd < 0)
+        return;
+    seen++;
+    if (seen <= EXECS_LOOKED_AT || (seen & (seen - 1)) == 0)
         exec_clears_word = has_memory(launch->pid);
 }
 

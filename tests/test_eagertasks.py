@@ -17,6 +17,7 @@ import pytest
 
 import aiovspawn
 import aiovspawn.uvloop
+from aiovspawn._loop import SubprocessMixin
 
 EAGER = sys.version_info >= (3, 12)
 FACTORIES = {"asyncio's": aiovspawn.new_event_loop, "uvloop's": aiovspawn.uvloop.new_event_loop}
@@ -214,6 +215,66 @@ def test_a_loop_class_with_a_task_factory(factory: Factory) -> None:
         assert bool(asked) == EAGER
 
     run(Loop, main)
+
+
+def test_other_create_tasks_see_all(factory: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched, or of a class after the mixin."""
+    seen: list[str] = []
+
+    async def main() -> None:
+        process = await asyncio.create_subprocess_exec("true", stdout=PIPE)
+        await process.communicate()
+
+    class Tracing:
+        def create_task(self, coro: Any, **keywords: Any) -> Any:
+            seen.append(coro.__name__)
+            return super().create_task(coro, **keywords)  # type: ignore[misc]
+
+    base = asyncio.SelectorEventLoop if factory is aiovspawn.new_event_loop else aiovspawn.uvloop.uvloop.Loop
+    with asyncio.Runner(loop_factory=type("Loop", (SubprocessMixin, Tracing, base), {})) as runner:
+        runner.run(main())
+    assert seen.count("_noop") == 2
+    assert "_read_stream" in seen
+    if base is asyncio.SelectorEventLoop:
+        own = asyncio.BaseEventLoop.create_task
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(main())
+            seen.clear()
+            monkeypatch.setattr(
+                asyncio.BaseEventLoop,
+                "create_task",
+                lambda self, coro, **keywords: (seen.append(coro.__name__), own(self, coro, **keywords))[1],
+            )
+            runner.run(main())
+            assert seen.count("_noop") == 2
+            assert "_read_stream" in seen
+            monkeypatch.undo()
+            seen.clear()
+            runner.run(main())
+            assert seen == []
+
+
+def test_no_context_is_kept(factory: Factory) -> None:
+    var: contextvars.ContextVar[Any] = contextvars.ContextVar("var")
+
+    class Value:
+        pass
+
+    async def use() -> weakref.ref[Value]:
+        value = Value()
+        var.set(value)
+        process = await asyncio.create_subprocess_exec("true", stdout=PIPE)
+        await process.communicate()
+        return weakref.ref(value)
+
+    async def main() -> None:
+        await (await asyncio.create_subprocess_exec("true")).wait()
+        reference = await asyncio.create_task(use())
+        await asyncio.sleep(0)
+        gc.collect()
+        assert reference() is None
+
+    run(factory, main)
 
 
 def test_debug_mode_is_asyncios(factory: Factory) -> None:

@@ -978,6 +978,16 @@ static void environment_is_copied_when_it_has_changed(void)
     environ[1] = first;
     release((copy = copy_of_now(before)));
     release(before);
+    environ[0] = first;
+    environ[1] = second;
+    size_t count = 0, length;
+    while (environ[count + 1])
+        count++;
+    length = strlen(environ[count]);
+    environ[count][length] = 'X'; /* the name of the program comes after it */
+    CHECK((copy = environment_now()) && strlen(copy->strings[count]) == length + 1);
+    environ[count][length] = '\0';
+    release(copy);
     CHECK(setenv("SET", "1", 1) == 0);
     before = copy_of_now(NULL);
     CHECK(setenv("SET", "2", 1) == 0);
