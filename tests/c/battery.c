@@ -984,10 +984,15 @@ static void environment_is_copied_when_it_has_changed(void)
     while (environ[count + 1])
         count++;
     length = strlen(environ[count]);
-    environ[count][length] = 'X'; /* the name of the program comes after it */
-    CHECK((copy = environment_now()) && strlen(copy->strings[count]) == length + 1);
-    environ[count][length] = '\0';
+    copy = copy_of_now(NULL);
+    bool is_first = copy->strings[0] == copy->first; /* valgrind puts it elsewhere, and nothing is known of that */
     release(copy);
+    if (is_first) {
+        environ[count][length] = 'X'; /* the name of the program comes after it */
+        CHECK((copy = environment_now()) && strlen(copy->strings[count]) == length + 1);
+        environ[count][length] = '\0';
+        release(copy);
+    }
     CHECK(setenv("SET", "1", 1) == 0);
     before = copy_of_now(NULL);
     CHECK(setenv("SET", "2", 1) == 0);
