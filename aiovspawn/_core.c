@@ -823,8 +823,8 @@ static int core_exec(PyObject *module)
         return -1;
     if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
         PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
-        eager_tasks_init(&state->eager_tasks, module) < 0 ||
-        waking_init(&state->waking) < 0)
+        waking_init(&state->waking) < 0 ||
+        eager_tasks_init(&state->eager_tasks, module, state->waking.task_type) < 0)
         return -1;
     PyObject *deferred_type = PyType_FromModuleAndSpec(module, &deferred_spec, NULL);
     result = deferred_type ? PyModule_AddType(module, (PyTypeObject *)deferred_type) : -1;

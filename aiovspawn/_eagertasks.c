@@ -7,7 +7,6 @@
 #include "_launchobject.h"
 
 #include <stdbool.h>
-#include <string.h>
 
 static const char *const coroutine_names[COROUTINES] = {
     [COROUTINE_NOOP] = "_noop",
@@ -47,15 +46,21 @@ static int is_this(PyObject *result, PyObject *expected)
     return result ? result == expected : -1;
 }
 
+/* Whether a method is one of asyncio.BaseEventLoop, and not somebody's in its place. */
+static bool is_asyncios(struct eager_tasks *tasks, PyObject *method)
+{
+    PyObject *function = PyMethod_Check(method) ? PyMethod_GET_FUNCTION(method) : method;
+    return PyFunction_Check(function) && PyFunction_GET_GLOBALS(function) == tasks->globals;
+}
+
 /* asyncio's own method is not called: what it returns is an attribute, and it is Python. */
 static PyObject *task_factory_of(struct eager_tasks *tasks, PyObject *loop)
 {
     PyObject *getter = PyObject_GetAttr(loop, tasks->names[NAME_GET_TASK_FACTORY]);
     if (!getter)
         return NULL;
-    bool is_asyncios = PyMethod_Check(getter) && PyMethod_GET_FUNCTION(getter) == tasks->get_task_factory;
-    PyObject *factory =
-        is_asyncios ? PyObject_GetAttr(loop, tasks->names[NAME_TASK_FACTORY]) : PyObject_CallNoArgs(getter);
+    PyObject *factory = is_asyncios(tasks, getter) ? PyObject_GetAttr(loop, tasks->names[NAME_TASK_FACTORY])
+                                                   : PyObject_CallNoArgs(getter);
     Py_DECREF(getter);
     return factory;
 }
@@ -64,10 +69,9 @@ static PyObject *task_factory_of(struct eager_tasks *tasks, PyObject *loop)
  * -1 with an exception set. */
 static int is_known(struct eager_tasks *tasks, PyObject *method)
 {
-    PyObject *function = PyMethod_Check(method) ? PyMethod_GET_FUNCTION(method) : method;
-    if (PyFunction_Check(function))
-        return PyFunction_GET_GLOBALS(function) == tasks->globals;
-    PyObject *module = PyObject_GetAttr(function, tasks->names[NAME_MODULE]);
+    if (is_asyncios(tasks, method))
+        return 1;
+    PyObject *module = PyObject_GetAttr(method, tasks->names[NAME_MODULE]); /* a method has its function's */
     if (!module && PyErr_ExceptionMatches(PyExc_AttributeError)) {
         PyErr_Clear();
         return 0;
@@ -85,14 +89,12 @@ static int leaves_out_none(struct eager_tasks *tasks, PyObject *loop)
     PyTypeObject *type = Py_TYPE(loop);
     if (type == tasks->known_type && type->tp_version_tag == tasks->known_version && tasks->known_version)
         return 1;
-    PyObject *super = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, tasks->mixin, loop, NULL);
-    PyObject *method = super ? PyObject_GetAttr(super, tasks->names[NAME_CREATE_TASK]) : NULL;
+    PyObject *method = next_method(tasks->mixin, loop, tasks->names[NAME_CREATE_TASK]);
     int known = method ? is_known(tasks, method) : -1;
     if (known == 1) {
         tasks->known_type = type;
         tasks->known_version = type->tp_version_tag;
     }
-    Py_XDECREF(super);
     Py_XDECREF(method);
     return known;
 }
@@ -199,28 +201,8 @@ static int find_codes(struct eager_tasks *self)
     return PyErr_Occurred() ? -1 : 0;
 }
 
-/* asyncio.Task, if it is C and knows of eager tasks; from then on the mixin has an effect. */
-static int find_task(struct eager_tasks *self)
-{
-    PyObject *base = attribute_of("asyncio.base_events", "BaseEventLoop");
-    self->get_task_factory = base ? PyObject_GetAttr(base, self->names[NAME_GET_TASK_FACTORY]) : NULL;
-    Py_XDECREF(base);
-    self->globals = attribute_of("asyncio.base_events", "__dict__");
-    self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop");
-    self->module = PyImport_ImportModule("asyncio.tasks");
-    PyObject *task_type = self->module ? PyObject_GetAttr(self->module, self->names[NAME_TASK]) : NULL;
-    if (!self->get_task_factory || !self->globals || !self->get_running_loop || !task_type) {
-        Py_XDECREF(task_type);
-        return -1;
-    }
-    bool is_known = PyType_Check(task_type) && !strcmp(((PyTypeObject *)task_type)->tp_name, "_asyncio.Task");
-    if (PY_VERSION_HEX >= 0x030C0000 && is_known)
-        self->task_type = Py_NewRef(task_type);
-    Py_DECREF(task_type);
-    return 0;
-}
-
-int eager_tasks_init(struct eager_tasks *self, PyObject *module)
+/* task_type: asyncio's in C, or NULL. From Python 3.12 on it knows of eager tasks, and the mixin has an effect. */
+int eager_tasks_init(struct eager_tasks *self, PyObject *module, PyObject *task_type)
 {
     for (int i = 0; i < EAGER_NAMES; i++)
         if (!(self->names[i] = PyUnicode_InternFromString(eager_names[i])))
@@ -229,7 +211,12 @@ int eager_tasks_init(struct eager_tasks *self, PyObject *module)
     self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &EagerTasks_spec, NULL);
     if (!self->keywords || !self->mixin || PyModule_AddType(module, self->mixin) < 0 || find_codes(self) < 0)
         return -1;
-    return find_task(self);
+    self->globals = attribute_of("asyncio.base_events", "__dict__");
+    self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop");
+    self->module = PyImport_ImportModule("asyncio.tasks");
+    if (PY_VERSION_HEX >= 0x030C0000)
+        self->task_type = Py_XNewRef(task_type);
+    return self->globals && self->get_running_loop && self->module ? 0 : -1;
 }
 
 int eager_tasks_traverse(struct eager_tasks *self, visitproc visit, void *arg)
@@ -240,7 +227,6 @@ int eager_tasks_traverse(struct eager_tasks *self, visitproc visit, void *arg)
     for (int i = 0; i < COROUTINES; i++)
         Py_VISIT(self->codes[i]);
     Py_VISIT(self->get_running_loop);
-    Py_VISIT(self->get_task_factory);
     Py_VISIT(self->globals);
     Py_VISIT(self->keywords);
     return 0;
@@ -254,7 +240,6 @@ void eager_tasks_clear(struct eager_tasks *self)
     for (int i = 0; i < COROUTINES; i++)
         Py_CLEAR(self->codes[i]);
     Py_CLEAR(self->get_running_loop);
-    Py_CLEAR(self->get_task_factory);
     Py_CLEAR(self->globals);
     Py_CLEAR(self->keywords);
     for (int i = 0; i < EAGER_NAMES; i++)

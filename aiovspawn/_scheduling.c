@@ -22,13 +22,19 @@ static const char *const scheduling_names[SCHEDULING_NAMES] = {
     [NAME_APPEND] = "append",  [NAME_CALL_SOON] = "call_soon", [NAME_CONTEXT] = "context",
 };
 
-PyObject *call_next(PyTypeObject *mixin, PyObject *self, PyObject *name, PyObject *const *args, Py_ssize_t count,
-                    PyObject *names)
+PyObject *next_method(PyTypeObject *mixin, PyObject *self, PyObject *name)
 {
     PyObject *super = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, mixin, self, NULL);
     PyObject *method = super ? PyObject_GetAttr(super, name) : NULL;
-    PyObject *result = method ? PyObject_Vectorcall(method, args, (size_t)count, names) : NULL;
     Py_XDECREF(super);
+    return method;
+}
+
+PyObject *call_next(PyTypeObject *mixin, PyObject *self, PyObject *name, PyObject *const *args, Py_ssize_t count,
+                    PyObject *names)
+{
+    PyObject *method = next_method(mixin, self, name);
+    PyObject *result = method ? PyObject_Vectorcall(method, args, (size_t)count, names) : NULL;
     Py_XDECREF(method);
     return result;
 }

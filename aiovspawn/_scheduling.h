@@ -31,7 +31,8 @@ struct scheduling {
     PyObject *names[SCHEDULING_NAMES];
 };
 
-/* super().name(...) of a method of a mixin. */
+/* super().name, and super().name(...), of a method of a mixin. */
+PyObject *next_method(PyTypeObject *mixin, PyObject *self, PyObject *name);
 PyObject *call_next(PyTypeObject *mixin, PyObject *self, PyObject *name, PyObject *const *args, Py_ssize_t count,
                     PyObject *names);
 

@@ -1,6 +1,6 @@
 /* Copies of the C environment, for children that may exec later: another thread's putenv() may have
  * freed its strings by then. One copy serves for all launches until the environment changes: most never
- * see it change, and to look is a quarter of the instructions, and touches no memory that children read.
+ * see it change, and to look takes less than to copy, and writes to no memory that children read.
  */
 #ifndef AIOVSPAWN_ENVIRONMENT_H
 #define AIOVSPAWN_ENVIRONMENT_H

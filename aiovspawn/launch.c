@@ -166,13 +166,6 @@ void *block_take(struct block *block, size_t size)
     return taken;
 }
 
-/* Where the next block_take() will be, and how many bytes there are. */
-void *block_rest(struct block *block, size_t *ret_size)
-{
-    *ret_size = (size_t)(block_base(block) + block->size - block->arena) - block->used;
-    return block->arena + block->used;
-}
-
 static void block_free_locked(struct block *block)
 {
     if (block->environment)
@@ -416,7 +409,6 @@ static bool set_failed_locked(struct launch *launch, struct spawn_record record)
         set_sharing_locked(launch, false);
         spawn_close_own_child_ends(&launch->ends);
         launch->verdict = LAUNCH_FAILED;
-        hub_end_await_locked(launch);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         (void)launch_left_memory_locked(launch);
     } else {
@@ -830,7 +822,8 @@ static bool tells_by_memory_locked(struct launch *launch, const struct block *bl
                latest_fd < share_fds_from && !spawn_needs_status_pipe(&block->request);
     if (!can || !options->tells_exec)
         return can;
-    return exec_clears_word && block->request.close_fds && hub_can_await_locked(launch->hub) && hub_await_exec_locked(launch) == 0;
+    return exec_clears_word && block->request.close_fds && hub_can_await_locked(launch->hub) &&
+           hub_await_exec_locked(launch) == 0;
 }
 
 static int open_and_clone_locked(struct launch *launch, struct block *block, const struct launch_options *options,

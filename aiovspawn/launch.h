@@ -112,7 +112,6 @@ int launch_init(void);
 
 struct block *block_new(size_t arena_size);
 void *block_take(struct block *block, size_t size);
-void *block_rest(struct block *block, size_t *ret_size);
 void *block_stack(struct block *block, size_t *ret_size);
 void block_free(struct block *block);
 
