@@ -16,54 +16,70 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The pid is the child's own as long as the pidfd says after the opening that it is there. */
-static int open_of_child(pid_t pid, int pidfd, const char *name)
+static int open_of_child(pid_t pid, const char *name)
 {
     char path[64];
     (void)snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
     int fd = open(path, O_WRONLY | O_CLOEXEC);
-    if (fd < 0)
-        return -errno;
-    if (syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) < 0 && errno == ESRCH) {
-        (void)close(fd);
-        return -ESRCH;
-    }
-    return fd;
+    return fd < 0 ? -errno : fd;
 }
 
-static int write_of_child(pid_t pid, int pidfd, const char *name, const char *text, size_t length)
+/* What has been opened by its pid is the child's if the pidfd then says that the child is there. */
+static bool is_there(int pidfd)
 {
-    int fd = open_of_child(pid, pidfd, name);
+    return syscall(SYS_pidfd_send_signal, pidfd, 0, NULL, 0) == 0 || errno != ESRCH;
+}
+
+static int write_text(int fd, const char *text, size_t length)
+{
+    return write(fd, text, length) < 0 ? -errno : 0;
+}
+
+static int deny_setgroups(pid_t pid, int pidfd)
+{
+    int fd = open_of_child(pid, "setgroups");
     if (fd < 0)
         return fd;
-    int result = write(fd, text, length) < 0 ? -errno : 0;
+    int result = is_there(pidfd) ? write_text(fd, "deny", strlen("deny")) : -ESRCH;
     (void)close(fd);
     return result;
 }
 
 /* Who has no privilege may map his own group if the child gives up setgroups(2) for good. */
-static int write_gid_map(pid_t pid, int pidfd, const struct spawn_step *map)
+static int write_map(const struct spawn_step *map, int fd, pid_t pid, int pidfd)
 {
-    int result = write_of_child(pid, pidfd, "gid_map", map->data, (size_t)map->a);
-    if (result != -EPERM || write_of_child(pid, pidfd, "setgroups", "deny", strlen("deny")) < 0)
+    int result = write_text(fd, map->data, (size_t)map->a);
+    if (result != -EPERM || map->op != SPAWN_GID_MAP || deny_setgroups(pid, pidfd) < 0)
         return result;
-    return write_of_child(pid, pidfd, "gid_map", map->data, (size_t)map->a);
+    return write_text(fd, map->data, (size_t)map->a);
 }
 
-static void tell(int go_fd, int result)
-{
-    int32_t error = -result;
-    (void)!write(go_fd, &error, sizeof error); /* there is room for it; a dead child does not wait */
-}
-
-/* Writes the maps that the request asks for, and lets the child go on, or fail. */
+/* Writes the maps that the request asks for, and lets the child go on, or fail. It is woken up
+ * once, by what came of all of them; there is room for it, and a dead child does not wait. */
 void idmap_grant(const struct spawn_request *request, pid_t pid, int pidfd, int go_fd)
 {
-    const struct spawn_step *uids = spawn_find_step(request, SPAWN_UID_MAP);
-    const struct spawn_step *gids = spawn_find_step(request, SPAWN_GID_MAP);
+    static const struct {
+        enum spawn_op op;
+        const char *name;
+    } kinds[] = {{SPAWN_UID_MAP, "uid_map"}, {SPAWN_GID_MAP, "gid_map"}};
+    enum { KINDS = sizeof kinds / sizeof *kinds };
+    const struct spawn_step *maps[KINDS];
+    int fds[KINDS], count = 0;
+    int32_t errors[KINDS];
     int ours = probe_try(PROBE_PROCFS); /* in a /proc of another pid namespace it is somebody else's number */
-    if (uids)
-        tell(go_fd, ours < 0 ? ours : write_of_child(pid, pidfd, "uid_map", uids->data, (size_t)uids->a));
-    if (gids)
-        tell(go_fd, ours < 0 ? ours : write_gid_map(pid, pidfd, gids));
+    for (int kind = 0; kind < KINDS; kind++) {
+        const struct spawn_step *map = spawn_find_step(request, kinds[kind].op);
+        if (map) {
+            fds[count] = ours < 0 ? ours : open_of_child(pid, kinds[kind].name);
+            maps[count++] = map;
+        }
+    }
+    bool there = is_there(pidfd);
+    for (int i = 0; i < count; i++) {
+        int result = fds[i] < 0 ? fds[i] : there ? write_map(maps[i], fds[i], pid, pidfd) : -ESRCH;
+        errors[i] = -result;
+        if (fds[i] >= 0)
+            (void)close(fds[i]);
+    }
+    (void)!write(go_fd, errors, sizeof *errors * (size_t)count);
 }

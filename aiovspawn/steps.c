@@ -372,8 +372,7 @@ bool spawn_hides_memory(const struct spawn_request *request)
  * pid namespace of its own, whether we live. */
 bool spawn_needs_status_pipe(const struct spawn_request *request)
 {
-    return spawn_hides_memory(request) || spawn_find_step(request, SPAWN_NAMESPACES) ||
-           spawn_find_step(request, SPAWN_PARENT_DEATH);
+    return spawn_hides_memory(request) || spawn_find_step(request, SPAWN_PARENT_DEATH);
 }
 
 /* Hidden by the child, before and after: what comes earlier may need its /proc entry, which
@@ -397,7 +396,7 @@ static void add_namespaces(const struct spawn_request *request, const struct spa
 {
     const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
     child->namespaces = namespaces ? (uint64_t)namespaces->a & CLONED_NAMESPACES : 0;
-    if (namespaces && !request->close_fds) /* by these ends the child knows of ours */
+    if (namespaces && !request->close_fds && ends->status_read >= 0) /* by these ends the child knows of ours */
         add_step(child, SPAWN_CLOSE_RANGE, ends->status_read, ends->status_read);
     if (ends->go_write >= 0 && !request->close_fds)
         add_step(child, SPAWN_CLOSE_RANGE, ends->go_write, ends->go_write);

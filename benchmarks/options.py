@@ -10,12 +10,14 @@ as ratios to the plain launch of the same function in the same run:
 
     python benchmarks/options.py [--rounds 5] [--count 2000] [--each]
 
-"all" has every option but cgroup and oom_score_adj, which take the vfork rung, and those that
-cost what they make: pty and the id maps; of the namespaces it has one that costs little.
-controlling_terminal needs a terminal: "all, terminal" has it too, and is compared with a plain
-launch that has a terminal as its stdin; "session, terminal" is one with start_new_session, which
-it implies: where each session is scheduled as a group (sched(7), autogroup), the parent is
-preempted more often. --each measures every option alone. As root, or with fewer of them.
+"all" has every option but cgroup and oom_score_adj, which take the vfork rung, and the id maps,
+which the parent writes: they are in "all, id maps". Of the namespaces both have one that costs
+little. A pty, which brings two streams, is compared with "plain, pipes": a plain launch whose
+stdin and stdout are pipes. controlling_terminal needs a terminal: "all, terminal" has it too,
+and is compared with a plain launch that has a terminal as its stdin; "session, terminal" is one
+with start_new_session, which it implies: where each session is scheduled as a group (sched(7),
+autogroup), the parent is preempted more often. --each measures every option alone. As root, or with fewer of
+them.
 """
 
 from __future__ import annotations
@@ -64,13 +66,19 @@ if ROOT:
         "drop_capabilities": {13},
         "ambient_capabilities": {12},
     }
+ID_MAPS: dict[str, Any] = {
+    "namespaces": OPTIONS.get("namespaces", 0) | NEWUSER,
+    "uid_map": [(0, os.geteuid(), 1)],
+    "gid_map": [(0, os.getegid(), 1)],
+}
 ALONE: dict[str, dict[str, Any]] = {name: {name: value} for name, value in OPTIONS.items()} | {
-    "uid_map and gid_map": {"namespaces": NEWUSER, "uid_map": [(0, 0, 1)], "gid_map": [(0, 0, 1)]},
+    "uid_map and gid_map": ID_MAPS,
     "user namespace": {"namespaces": NEWUSER},
     "pid namespace": {"namespaces": NEWPID},
     "mount namespace": {"namespaces": NEWNS},
     "network namespace": {"namespaces": NEWNET},
     "oom_score_adj": {"oom_score_adj": 100},
+    "plain, pipes": {},
     "pty": {"pty": True},
 }
 ALONE["seccomp"]["no_new_privs"] = True
@@ -79,12 +87,19 @@ SETS: dict[str, dict[str, Any]] = {
     "all": OPTIONS,
     "plain, terminal": {},
     "session, terminal": {"start_new_session": True},
+    "all, id maps": OPTIONS | ID_MAPS,
     "all, terminal": OPTIONS | {"controlling_terminal": True},
 }
 
 
+STREAMS = ("plain, pipes", "pty")
+"""Read by somebody: not for run_process()."""
+
+
 def stdio(name: str) -> dict[str, Any]:
     """For one task: a terminal is the controlling one of one session at a time."""
+    if name == "plain, pipes":
+        return {"stdin": aiovspawn.PIPE, "stdout": aiovspawn.PIPE}
     return {"stdin": os.openpty()[1]} if name.endswith("terminal") else {}
 
 
@@ -94,8 +109,9 @@ async def launch(contender: str, options: dict[str, Any]) -> None:
         return
     process = await aiovspawn.create_subprocess_exec("/bin/true", **options)
     await process.wait()
-    if process.pty is not None:
-        await process.pty.read()
+    output = process.pty or process.stdout
+    if output is not None:
+        await output.read()
 
 
 async def watch_gaps(gaps: list[float]) -> None:
@@ -147,6 +163,12 @@ def child(contender: str, name: str, count: int, in_flight: int) -> dict[str, fl
     return row
 
 
+def compared_with(name: str) -> str:
+    if name.endswith("terminal"):
+        return "plain, terminal"
+    return "plain, pipes" if name == "pty" else "plain"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,14 +192,16 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name in names:
             for contender in CONTENDERS:
-                if name != "pty" or contender != "run_process":
+                if name not in STREAMS or contender != "run_process":
                     row = child(contender, name, arguments.count, arguments.in_flight)
                     rows.setdefault((contender, name), []).append(row)
     for contender in CONTENDERS:
         print(contender)
         for name in names:
-            plain = rows[contender, "plain, terminal" if name.endswith("terminal") else "plain"]
-            for column in plain[0] if (contender, name) in rows else ():
+            if (contender, name) not in rows:
+                continue
+            plain = rows[contender, compared_with(name)]
+            for column in plain[0]:
                 value = statistics.median(row[column] for row in rows[contender, name])
                 ratio = value / statistics.median(row[column] for row in plain)
                 print(f"  {name:20} {column:9} {value:9.2f}  {ratio:5.2f}")

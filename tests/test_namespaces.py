@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHARED, open_pipes
 from look import NOBODY, ROOT, look
 from test_options import (
     CLONE_NEWCGROUP,
@@ -195,6 +196,35 @@ async def test_many_at_once(core_rung: str) -> None:
     options = dict(namespaces=CLONE_NEWUSER | CLONE_NEWPID, **MAPS, user=0)
     runs = [aiovspawn.run_process(["/bin/sh", "-c", "echo $$"], stdout=PIPE, **options) for _ in range(64)]
     assert {done.stdout for done in await asyncio.gather(*runs)} == {b"1\n"}
+
+
+@pytest.mark.parametrize("keywords", [{}, {"close_fds": False}], ids=str)
+async def test_failure_is_told_without_a_status_pipe(
+    request: pytest.FixtureRequest, core_rung: str, keywords: dict[str, Any]
+) -> None:
+    """The child that shares our memory says there which step failed, whatever namespaces it is in."""
+    options: dict[str, Any] = {"namespaces": CLONE_NEWUSER | CLONE_NEWPID, **MAPS, **keywords}
+    await aiovspawn.run_process(["true"])  # seen to share it
+    before = open_pipes()
+    run = asyncio.ensure_future(aiovspawn.run_process(["sleep", "1000"], **options))
+    await asyncio.sleep(0)
+    by_memory = core_rung.startswith("detached") and SHARED not in request.node.callspec.id
+    assert open_pipes() - before == (0 if by_memory else 1)
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    bad_map = [(0, 0, 9), (5, 10, 1)]
+    failures: list[tuple[dict[str, Any], type[OSError], str]] = [
+        ({"executable": "/nonexistent"}, FileNotFoundError, "exec"),
+        ({"cwd": "/nonexistent"}, FileNotFoundError, "cwd"),
+        ({"uid_map": bad_map}, OSError, "uid_map"),
+        ({"gid_map": bad_map}, OSError, "gid_map"),
+    ]
+    for more, error, step in failures:
+        runs = [aiovspawn.run_process(["true"], **(options | more)) for _ in range(20)]
+        for found in await asyncio.gather(*runs, return_exceptions=True):
+            assert type(found) is error
+            assert f"failed at step {step!r}" in found.__notes__[0]
 
 
 async def test_cancelled_while_it_waits_for_its_maps(core_rung: str) -> None:
