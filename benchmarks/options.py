@@ -109,9 +109,10 @@ async def launch(contender: str, options: dict[str, Any]) -> None:
         return
     process = await aiovspawn.create_subprocess_exec("/bin/true", **options)
     await process.wait()
-    output = process.pty or process.stdout
-    if output is not None:
-        await output.read()
+    if process.pty is not None:
+        await process.pty.read()
+    elif "stdout" in options:
+        await process.stdout.read()
 
 
 async def watch_gaps(gaps: list[float]) -> None:
