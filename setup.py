@@ -19,8 +19,8 @@ BINDING = (
     "_scheduling",
     "_waiter",
 )
-SOURCES = (*BINDING, "ends", "environment", "hub", "idmap", "launch", "probe", "spawn", "steps")
-HEADERS = (*BINDING[1:], "environment", "hub", "idmap", "launch", "probe", "spawn", "sys")
+SOURCES = (*BINDING, "block", "ends", "environment", "hub", "idmap", "launch", "probe", "spawn", "steps")
+HEADERS = (*BINDING[1:], "block", "environment", "hub", "idmap", "launch", "probe", "spawn", "sys")
 
 core = Extension(
     "aiovspawn._core",

@@ -1,7 +1,6 @@
 /* The in-flight table: see launch.h for its rules. */
 #define _GNU_SOURCE
 #include "launch.h"
-#include "environment.h"
 #include "hub.h"
 #include "idmap.h"
 #include "probe.h"
@@ -17,15 +16,11 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum {
-    STACK_SIZE = 16 * 1024,      /* the child's deepest frame is 1.5 KiB, no handler runs on it */
-    BLOCK_SIZE = 64 * 1024,      /* of a block that is kept for later launches */
-    FREE_BLOCKS_MAX = 32,
     WAIT_PIDFD = 3, /* P_PIDFD */
     GROWN_PIPE_SIZE = 1024 * 1024, /* the most that a user without privileges may have */
     GROWN_PIPES_MAX = 16,          /* a quarter of the 64 MiB of all pipes of such a user: pipe(7) */
@@ -39,7 +34,6 @@ enum {
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct launch *first_launch;
 static struct launch_counts counts;
-static struct block *free_blocks;
 static uint64_t last_id;
 static uint64_t generation; /* counts forks */
 
@@ -95,95 +89,6 @@ bool launch_is_foreign(uint64_t made_in)
 struct launch *launch_first_locked(void)
 {
     return first_launch;
-}
-
-/* ---- blocks ---------------------------------------------------------------- */
-
-/* Written once, by whoever is first: launch_init(). */
-static size_t page;
-
-/* The guard page is the lowest: a stack that overflows faults in the child. */
-static char *block_base(struct block *block)
-{
-    return (char *)block - STACK_SIZE - page;
-}
-
-void *block_stack(struct block *block, size_t *ret_size)
-{
-    *ret_size = STACK_SIZE;
-    return (char *)block - STACK_SIZE;
-}
-
-static struct block *map_block(size_t size)
-{
-    size = (size + page - 1) / page * page;
-    char *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
-    if (base == MAP_FAILED)
-        return NULL;
-    if (mprotect(base, page, PROT_NONE) < 0) {
-        (void)munmap(base, size);
-        return NULL;
-    }
-    struct block *block = (struct block *)(void *)(base + page + STACK_SIZE);
-    block->size = size;
-    return block;
-}
-
-/* A block whose arena holds arena_size bytes in 16-byte units, or NULL. */
-struct block *block_new(size_t arena_size)
-{
-    size_t overhead = page + STACK_SIZE + sizeof(struct block);
-    struct block *block = NULL;
-    if (arena_size > SIZE_MAX / 2)
-        return NULL;
-    if (overhead + arena_size <= BLOCK_SIZE) {
-        launch_lock();
-        block = free_blocks;
-        if (block) {
-            free_blocks = block->next;
-            counts.free_blocks--;
-        }
-        launch_unlock();
-    }
-    if (!block)
-        block = map_block(overhead + arena_size > BLOCK_SIZE ? overhead + arena_size : BLOCK_SIZE);
-    if (block) {
-        block->used = 0;
-        block->environment = NULL;
-    }
-    return block;
-}
-
-/* Memory from the arena, 16-byte aligned; NULL when it is used up. */
-void *block_take(struct block *block, size_t size)
-{
-    size_t room = (size_t)(block_base(block) + block->size - block->arena);
-    if (size > room - block->used)
-        return NULL;
-    void *taken = block->arena + block->used;
-    size_t rounded = (size + 15) / 16 * 16;
-    block->used = rounded > room - block->used ? room : block->used + rounded;
-    return taken;
-}
-
-static void block_free_locked(struct block *block)
-{
-    if (block->environment)
-        environment_release_locked(block->environment);
-    if (block->size <= BLOCK_SIZE && counts.free_blocks < FREE_BLOCKS_MAX) {
-        block->next = free_blocks;
-        free_blocks = block;
-        counts.free_blocks++;
-    } else {
-        (void)munmap(block_base(block), block->size);
-    }
-}
-
-void block_free(struct block *block)
-{
-    launch_lock();
-    block_free_locked(block);
-    launch_unlock();
 }
 
 /* ---- the parent's memory and a child with other ids ------------------------- */
@@ -739,7 +644,7 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
 static bool sharing_works_locked(enum spawn_rung rung)
 {
     if (sharing == SHARING_UNTRIED) {
-        struct block *block = map_block(BLOCK_SIZE);
+        struct block *block = block_new_locked(0);
         int result = block ? probe_shared_fds_locked(block, rung) : -ENOMEM;
         if (block)
             block_free_locked(block);
@@ -1200,6 +1105,7 @@ struct launch_counts launch_count(void)
 {
     launch_lock();
     struct launch_counts result = counts;
+    result.free_blocks = block_free_count_locked();
     launch_unlock();
     return result;
 }
@@ -1239,7 +1145,7 @@ int launch_init(void)
     static bool registered;
     int result = 0;
     launch_lock();
-    page = (size_t)sysconf(_SC_PAGESIZE);
+    block_init_locked();
     if (!registered)
         result = -pthread_atfork(launch_lock, launch_unlock, after_fork_in_child);
     registered = registered || result == 0;

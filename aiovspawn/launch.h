@@ -1,4 +1,4 @@
-/* Launches: the in-flight table, and the blocks of memory that children run on.
+/* Launches: the in-flight table.
  *
  * There is one table per process, under one mutex: the GIL does not cover other
  * interpreters, free-threaded builds and C threads that fork. Rules:
@@ -17,6 +17,7 @@
 #ifndef AIOVSPAWN_LAUNCH_H
 #define AIOVSPAWN_LAUNCH_H
 
+#include "block.h"
 #include "spawn.h"
 
 #include <sys/resource.h>
@@ -34,19 +35,7 @@
 #define SYS_close_range 436
 #endif
 
-struct environment;
 struct hub;
-
-/* The memory of one child: guard page, stack, then what it reads. */
-struct block {
-    struct block *next; /* in the list of free blocks */
-    size_t size;        /* of the whole mapping, bytes */
-    size_t used;        /* of the arena */
-    struct environment *environment; /* a reference, for the child to read from; or NULL */
-    struct spawn_request request;
-    struct spawn_child child;
-    _Alignas(16) char arena[];
-};
 
 /* What a hub can watch of a launch; the first three are the child's fd numbers. */
 enum launch_slot { LAUNCH_STDIN, LAUNCH_STDOUT, LAUNCH_STDERR, LAUNCH_STATUS, LAUNCH_PIDFD, LAUNCH_SLOTS };
@@ -109,11 +98,6 @@ struct launch_options {
 };
 
 int launch_init(void);
-
-struct block *block_new(size_t arena_size);
-void *block_take(struct block *block, size_t size);
-void *block_stack(struct block *block, size_t *ret_size);
-void block_free(struct block *block);
 
 int launch_start(struct hub *hub, struct block **block, const struct launch_options *options,
                  struct launch **ret_launch, enum spawn_op *ret_op);
