@@ -238,14 +238,13 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
         if begun.to_do.timeout is not None:
             ended.expire_after(begun.to_do.timeout)
         await ended
-    except GeneratorExit:
-        # Closed, not cancelled: there may be no loop to wait on.
+    except BaseException as exc:
         begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
-        begun.taken_over(loop, args).forget()
-        raise
-    except BaseException:
-        begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
-        await begun.taken_over(loop, args).undo()
+        unfinished = begun.taken_over(loop, args)
+        if isinstance(exc, GeneratorExit):
+            unfinished.forget()  # closed, not cancelled: there may be no loop to wait on
+        else:
+            await unfinished.undo()
         raise
     return _completed(args, begun.to_do, ended, begun.begin if launch is None else launch.begun)
 
