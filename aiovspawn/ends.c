@@ -10,6 +10,9 @@
 #include <linux/sched.h>
 #include <asm/ioctls.h>
 
+/* PIDFD_THREAD of newer headers: the value is O_EXCL's, which is the same on both architectures. */
+#define PIDFD_OF_THREAD 0200
+
 void spawn_ends_init(struct spawn_ends *ends)
 {
     ends->status_read = ends->status_write = -1;
@@ -18,7 +21,7 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->source[i] = SPAWN_INHERIT;
     }
     ends->terminal = false;
-    ends->go_read = ends->go_write = -1;
+    ends->go_read = ends->go_write = ends->own_pidfd = -1;
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = ends->hides_memory = false;
     ends->cgroup_inode[0] = ends->cgroup_inode[1] = 0;
@@ -39,6 +42,7 @@ void spawn_close_child_ends(struct spawn_ends *ends)
         close_end(&ends->child[i]);
     close_end(&ends->go_read);
     close_end(&ends->go_write);
+    close_end(&ends->own_pidfd);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -345,6 +349,28 @@ static int move_unmapped(const struct spawn_request *request, int *fd)
     return 0;
 }
 
+/* It is the thread whose end is signalled: prctl(2). A pidfd of one thread is new in Linux 6.9. */
+static long pidfd_of_thread(void)
+{
+    long fd = sys_call(__NR_pidfd_open, sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0), PIDFD_OF_THREAD, 0, 0, 0, 0);
+    return fd == -EINVAL ? sys_pidfd_open((int)sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0)) : fd;
+}
+
+/* For a child in a pid namespace of its own, where getppid(2) is 0 whether we live or not: of the status
+ * pipe others that are launched meanwhile have copies. Where a filter refuses it, that has to do. */
+static int open_own_pidfd(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+{
+    const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
+    if (!namespaces || !(namespaces->a & CLONE_NEWPID) || !spawn_find_step(request, SPAWN_PARENT_DEATH))
+        return 0;
+    *ret_op = SPAWN_PARENT_DEATH;
+    int fd = spawn_raise_fd((int)pidfd_of_thread());
+    if (fd == -ENOSYS || fd == -EPERM)
+        return 0;
+    ends->own_pidfd = fd;
+    return fd < 0 ? fd : move_unmapped(request, &ends->own_pidfd);
+}
+
 /* ---- all of them ------------------------------------------------------------- */
 
 /* A closed fd of the user's must fail here: one of ours, opened next, could get
@@ -394,6 +420,8 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
         *ret_op = SPAWN_OPEN_PIPES;
         result = open_pipe(0, &ends->go_read, &ends->go_write);
     }
+    if (result >= 0)
+        result = open_own_pidfd(request, ends, ret_op);
     if (result < 0)
         spawn_close_ends(ends);
     return result < 0 ? result : 0;

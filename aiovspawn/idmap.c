@@ -45,12 +45,16 @@ static int deny_setgroups(pid_t pid, int pidfd)
     return result;
 }
 
-/* Who has no privilege may map his own group if the child gives up setgroups(2) for good. */
+/* Who has no privilege may map his own group if the child gives up setgroups(2) for good. EACCES: another
+ * launch hides our memory, and with it that file. */
 static int write_map(const struct spawn_step *map, int fd, pid_t pid, int pidfd)
 {
     int result = write_text(fd, map->data, (size_t)map->a);
-    if (result != -EPERM || map->op != SPAWN_GID_MAP || deny_setgroups(pid, pidfd) < 0)
+    if (result != -EPERM || map->op != SPAWN_GID_MAP)
         return result;
+    int denied = deny_setgroups(pid, pidfd);
+    if (denied < 0)
+        return denied == -EACCES ? denied : result;
     return write_text(fd, map->data, (size_t)map->a);
 }
 

@@ -48,7 +48,9 @@
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
 #define LAST_SIGNAL 64
+#define POLL_INPUT 1
 #define POLL_ERROR 8
+#define WAIT_NO_HANG 1
 #define FDS_PER_WORD 64
 #define CLOSE_RANGE_UNSHARE_FLAG 2
 
@@ -278,31 +280,41 @@ CHILD long child_raise_ambient(uint64_t capabilities)
     return result;
 }
 
-/* Whether all readers of the status pipe have gone. */
-CHILD bool child_is_alone(int status_fd)
+CHILD bool child_sees(int fd, short events)
 {
     struct {
         int fd;
         short events, found;
-    } pipe;
+    } poll;
     struct {
         long seconds, nanoseconds;
     } at_once;
-    pipe.fd = status_fd;
-    pipe.events = pipe.found = 0;
+    poll.fd = fd;
+    poll.events = events;
+    poll.found = 0;
     at_once.seconds = at_once.nanoseconds = 0;
-    return sys_call(__NR_ppoll, (long)&pipe, 1, (long)&at_once, 0, 0, 0) == 1 && (pipe.found & POLL_ERROR);
+    return sys_call(__NR_ppoll, (long)&poll, 1, (long)&at_once, 0, 0, 0) == 1 && (poll.found & events);
 }
 
-/* The parent may have died before: then nobody waits for us. Its pid is 0 from another pid
- * namespace; there the status pipe tells. */
+/* Whether the thread is dead that launched us from another pid namespace. A dying one signals its children
+ * and then is dead, under a lock of the kernel's that wait4(2) waits for: who looked in between would miss
+ * both. Without its pidfd: whether all readers of the status pipe have gone. */
+CHILD bool child_is_orphan(const struct spawn_child *child)
+{
+    if (child->parent_pidfd < 0)
+        return child_sees(child->status_fd, POLL_ERROR);
+    (void)sys_call(__NR_wait4, -1, 0, WAIT_NO_HANG, 0, 0, 0);
+    return child_sees(child->parent_pidfd, POLL_INPUT);
+}
+
+/* The parent may have died before: then nobody waits for us. Its pid is 0 from another pid namespace. */
 CHILD long child_parent_death(const struct spawn_child *child, long sig, long parent)
 {
     long result = sys_call(__NR_prctl, PR_SET_PDEATHSIG, sig, 0, 0, 0, 0);
     long now = sys_call(__NR_getppid, 0, 0, 0, 0, 0, 0);
     if (result < 0)
         return result;
-    return now == parent || (now == 0 && !child_is_alone(child->status_fd)) ? 0 : -ESRCH;
+    return now == parent || (now == 0 && !child_is_orphan(child)) ? 0 : -ESRCH;
 }
 
 /* A file name of /proc/self/fd, or -1 ("." and ".."). */

@@ -243,6 +243,9 @@ import aiovspawn._transport
 from aiovspawn import PIPE, _core
 
 KEYWORDS = [dict(stdin=PIPE, stdout=PIPE, stderr=PIPE), dict(stdin=0, stdout=aiovspawn.DEVNULL, stderr=1)]
+if os.geteuid() == 0 and os.environ["AIOVSPAWN_RUNG"] != "popen":
+    ids = [(0, 0, 1)]
+    KEYWORDS.append(dict(namespaces=0x30000000, uid_map=ids, gid_map=ids, parent_death_signal=9, stdin=PIPE))
 
 async def main():
     first = await aiovspawn.create_subprocess_exec("/bin/true")

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +254,44 @@ async def test_signals_to_the_first_process(core_rung: str) -> None:
 async def test_parent_death_signal_from_another_pid_namespace(core_rung: str) -> None:
     seen = await look(namespaces=CLONE_NEWPID, parent_death_signal=signal.SIGUSR1)
     assert seen["parent_death_signal"] == signal.SIGUSR1
+
+
+def test_nobody_outlives_a_parent_that_is_killed_while_it_launches(python: list[str]) -> None:
+    """Others that are launched at the time have copies of the pipes by which a child could know of it."""
+    code = f"""
+import asyncio, os, aiovspawn
+async def main():
+    await aiovspawn.run_process(["true"])
+    os.write(1, b"go")
+    launches = []
+    options = dict(namespaces={CLONE_NEWPID}, parent_death_signal=9)
+    for _ in range(200):
+        create = aiovspawn.create_subprocess_exec("sleep", "30", **options)
+        launches.append(asyncio.ensure_future(create))
+        await asyncio.sleep(0)
+    await asyncio.sleep(100)
+asyncio.run(main())
+"""
+    for delay in range(10):
+        with subprocess.Popen([*python, "-c", code], stdout=subprocess.PIPE) as parent:
+            assert parent.stdout is not None and parent.stdout.read(2) == b"go"
+            time.sleep(delay / 100)
+            parent.kill()
+            ready, _, _ = select.select([parent.stdout], [], [], 10)
+            assert ready and parent.stdout.read() == b""
+
+
+async def test_maps_of_the_unprivileged_beside_launches_that_hide_our_memory() -> None:
+    """While it is hidden no file of a child in /proc can be opened, setgroups neither."""
+    code = """
+maps = dict(namespaces=0x10000000, uid_map=[(0, 65534, 1)], gid_map=[(0, 65534, 1)])
+for _ in range(20):
+    runs = [aiovspawn.run_process(['true'], **maps, **ids) for ids in ({}, dict(user=0, group=0)) * 64]
+    await asyncio.gather(*runs)
+print('done')
+"""
+    done = await aiovspawn.run_process(as_nobody(code), capture_output=True, timeout=60)
+    assert done.stdout == b"done\n", done.stderr
 
 
 @pytest.mark.parametrize("keywords", [{}, {"close_fds": False}], ids=str)
