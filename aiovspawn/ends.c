@@ -10,9 +10,6 @@
 #include <linux/sched.h>
 #include <asm/ioctls.h>
 
-/* PIDFD_THREAD of newer headers: the value is O_EXCL's, which is the same on both architectures. */
-#define PIDFD_OF_THREAD 0200
-
 void spawn_ends_init(struct spawn_ends *ends)
 {
     ends->status_read = ends->status_write = -1;
@@ -21,7 +18,7 @@ void spawn_ends_init(struct spawn_ends *ends)
         ends->source[i] = SPAWN_INHERIT;
     }
     ends->terminal = false;
-    ends->go_read = ends->go_write = ends->own_pidfd = -1;
+    ends->go_read = ends->go_write = ends->own_stat = -1;
     ends->cgroup = -1;
     ends->owns_cgroup = ends->moves_memory = ends->hides_memory = false;
     ends->cgroup_inode[0] = ends->cgroup_inode[1] = 0;
@@ -42,7 +39,7 @@ void spawn_close_child_ends(struct spawn_ends *ends)
         close_end(&ends->child[i]);
     close_end(&ends->go_read);
     close_end(&ends->go_write);
-    close_end(&ends->own_pidfd);
+    close_end(&ends->own_stat);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -341,7 +338,7 @@ static int move_unmapped(const struct spawn_request *request, int *fd)
     for (int least = SPAWN_STDERR_FD + 1; spawn_is_mapped(request, *fd);) {
         int moved = (int)sys_fcntl(*fd, F_DUPFD_CLOEXEC, least);
         if (moved < 0)
-            return moved;
+            return moved == -EINVAL ? -EMFILE : moved; /* `least` is the limit */
         least = moved + 1;
         close_end(fd);
         *fd = moved;
@@ -349,26 +346,21 @@ static int move_unmapped(const struct spawn_request *request, int *fd)
     return 0;
 }
 
-/* It is the thread whose end is signalled: prctl(2). A pidfd of one thread is new in Linux 6.9. */
-static long pidfd_of_thread(void)
-{
-    long fd = sys_call(__NR_pidfd_open, sys_call(__NR_gettid, 0, 0, 0, 0, 0, 0), PIDFD_OF_THREAD, 0, 0, 0, 0);
-    return fd == -EINVAL ? sys_pidfd_open((int)sys_call(__NR_getpid, 0, 0, 0, 0, 0, 0)) : fd;
-}
-
-/* For a child in a pid namespace of its own, where getppid(2) is 0 whether we live or not: of the status
- * pipe others that are launched meanwhile have copies. Where a filter refuses it, that has to do. */
-static int open_own_pidfd(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
+/* For a child in a pid namespace of its own, where getppid(2) is 0 whether we live or not: by this file
+ * it sees whether the thread lives whose end is signalled (prctl(2)). A pidfd would not tell of the first
+ * thread before all others have gone, and of the status pipe others that are launched meanwhile have
+ * copies; without procfs that has to do. */
+static int open_own_stat(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op)
 {
     const struct spawn_step *namespaces = spawn_find_step(request, SPAWN_NAMESPACES);
     if (!namespaces || !(namespaces->a & CLONE_NEWPID) || !spawn_find_step(request, SPAWN_PARENT_DEATH))
         return 0;
     *ret_op = SPAWN_PARENT_DEATH;
-    int fd = spawn_raise_fd((int)pidfd_of_thread());
-    if (fd == -ENOSYS || fd == -EPERM)
-        return 0;
-    ends->own_pidfd = fd;
-    return fd < 0 ? fd : move_unmapped(request, &ends->own_pidfd);
+    int fd = spawn_raise_fd((int)sys_openat(AT_FDCWD, "/proc/thread-self/stat", O_RDONLY | O_CLOEXEC));
+    ends->own_stat = fd;
+    if (fd < 0)
+        return fd == -EMFILE || fd == -ENFILE || fd == -ENOMEM ? fd : 0;
+    return move_unmapped(request, &ends->own_stat);
 }
 
 /* ---- all of them ------------------------------------------------------------- */
@@ -421,7 +413,7 @@ int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends
         result = open_pipe(0, &ends->go_read, &ends->go_write);
     }
     if (result >= 0)
-        result = open_own_pidfd(request, ends, ret_op);
+        result = open_own_stat(request, ends, ret_op);
     if (result < 0)
         spawn_close_ends(ends);
     return result < 0 ? result : 0;

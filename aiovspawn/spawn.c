@@ -48,7 +48,6 @@
 #define CLONE_CLEAR_SIGHAND 0x100000000ULL
 #endif
 #define LAST_SIGNAL 64
-#define POLL_INPUT 1
 #define POLL_ERROR 8
 #define WAIT_NO_HANG 1
 #define FDS_PER_WORD 64
@@ -280,31 +279,42 @@ CHILD long child_raise_ambient(uint64_t capabilities)
     return result;
 }
 
-CHILD bool child_sees(int fd, short events)
+/* Whether all readers of the status pipe have gone. */
+CHILD bool child_is_alone(int status_fd)
 {
     struct {
         int fd;
         short events, found;
-    } poll;
+    } pipe;
     struct {
         long seconds, nanoseconds;
     } at_once;
-    poll.fd = fd;
-    poll.events = events;
-    poll.found = 0;
+    pipe.fd = status_fd;
+    pipe.events = pipe.found = 0;
     at_once.seconds = at_once.nanoseconds = 0;
-    return sys_call(__NR_ppoll, (long)&poll, 1, (long)&at_once, 0, 0, 0) == 1 && (poll.found & events);
+    return sys_call(__NR_ppoll, (long)&pipe, 1, (long)&at_once, 0, 0, 0) == 1 && (pipe.found & POLL_ERROR);
+}
+
+/* Whether a thread is dead, by its file of /proc: "PID (NAME) STATE ...". A name has 15 characters at the most,
+ * of any kind; after it there are numbers. */
+CHILD bool child_reads_of_death(int stat)
+{
+    char text[64];
+    long size = sys_read(stat, text, sizeof text), at = size - 3;
+    while (at > 0 && text[at] != ')')
+        at--;
+    return at <= 0 || text[at + 2] == 'Z' || text[at + 2] == 'X';
 }
 
 /* Whether the thread is dead that launched us from another pid namespace. A dying one signals its children
  * and then is dead, under a lock of the kernel's that wait4(2) waits for: who looked in between would miss
- * both. Without its pidfd: whether all readers of the status pipe have gone. */
+ * both. */
 CHILD bool child_is_orphan(const struct spawn_child *child)
 {
-    if (child->parent_pidfd < 0)
-        return child_sees(child->status_fd, POLL_ERROR);
+    if (child->parent_stat < 0)
+        return child_is_alone(child->status_fd);
     (void)sys_call(__NR_wait4, -1, 0, WAIT_NO_HANG, 0, 0, 0);
-    return child_sees(child->parent_pidfd, POLL_INPUT);
+    return child_reads_of_death(child->parent_stat);
 }
 
 /* The parent may have died before: then nobody waits for us. Its pid is 0 from another pid namespace. */

@@ -129,7 +129,7 @@ struct spawn_child {
     int status_fd;      /* write end of the status pipe, close-on-exec; -1: the record tells */
     uint32_t has_begun; /* set by the child before all steps: seen by who shares its memory */
     _Alignas(8) struct spawn_record record; /* set by a child without a status pipe that failed; op is 0 until then */
-    int parent_pidfd;   /* of the thread that launches, for a child in another pid namespace; or -1 */
+    int parent_stat;    /* proc(5)'s of the thread that launches, for a child in another pid namespace; or -1 */
     int cgroup;         /* directory of the cgroup to be joined, or -1: there is none, or it was born there */
     uint64_t namespaces; /* flags for the clone */
     bool moves_memory;  /* who joins that moves memory with it, which must not be ours */
@@ -152,7 +152,7 @@ struct spawn_ends {
     int source[3]; /* what becomes the child's fd 0, 1, 2: child[i], the user's fd, or SPAWN_INHERIT */
     bool terminal; /* parent[0] and parent[1] are the master of a pty, for writing and for reading */
     int go_read, go_write; /* for SPAWN_UID_MAP and SPAWN_GID_MAP: an int32_t each, 0 or errno */
-    int own_pidfd;    /* of the thread that launches, for SPAWN_PARENT_DEATH */
+    int own_stat;     /* proc(5)'s of the thread that launches, for SPAWN_PARENT_DEATH */
     int cgroup;       /* the directory, O_PATH */
     uint64_t cgroup_inode[2];
     bool owns_cgroup; /* nobody was in it before */

@@ -61,7 +61,7 @@ bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
-    size_t kept = request->pass_fd_count + request->step_count + 7; /* with 3 sources, two pipes, our pidfd, a cgroup */
+    size_t kept = request->pass_fd_count + request->step_count + 7; /* with 3 sources, two pipes, a file of /proc, a cgroup */
     size_t unsharing = 1 + 1 + 3 + 1;
     size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
     return 4 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
@@ -98,8 +98,8 @@ static int next_kept(const struct spawn_request *request, const struct spawn_end
     int lowest = ends->status_write > above ? ends->status_write : INT_MAX;
     if (ends->go_read > above && ends->go_read < lowest)
         lowest = ends->go_read;
-    if (ends->own_pidfd > above && ends->own_pidfd < lowest)
-        lowest = ends->own_pidfd;
+    if (ends->own_stat > above && ends->own_stat < lowest)
+        lowest = ends->own_stat;
     if (ends->cgroup > above && ends->cgroup < lowest)
         lowest = ends->cgroup;
     for (int i = 0; i < 3; i++)
@@ -422,7 +422,7 @@ void spawn_prepare(const struct spawn_request *request, const struct spawn_ends 
     child->programs = request->programs;
     child->argv = request->argv;
     child->envp = request->envp;
-    child->parent_pidfd = ends->own_pidfd;
+    child->parent_stat = ends->own_stat;
     child->cgroup = ends->cgroup;
     child->moves_memory = ends->moves_memory;
     child->namespaces = 0;

@@ -33,6 +33,8 @@ from aiovspawn import PIPE, _core
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="most namespaces are root's to make")
 
+SYS_EXIT = 93 if os.uname().machine == "aarch64" else 60
+
 EACH = {
     CLONE_NEWNS: ["mnt"],
     CLONE_NEWCGROUP: ["cgroup"],
@@ -279,6 +281,32 @@ asyncio.run(main())
             parent.kill()
             ready, _, _ = select.select([parent.stdout], [], [], 10)
             assert ready and parent.stdout.read() == b""
+
+
+def test_child_goes_with_the_thread_that_launched_it(python: list[str]) -> None:
+    """The first thread is a zombie for as long as there are others; the network takes the child its time."""
+    code = f"""
+import asyncio, ctypes, os, threading, time, aiovspawn
+def look_after_the_end():
+    children = f"/proc/self/task/{{threading.get_native_id()}}/children"
+    while not (found := open(children).read().split()):  # handed over to this thread
+        time.sleep(0.01)
+    for _ in range(1000):
+        if open(f"/proc/{{found[0]}}/stat").read().split(") ")[1][0] == "Z":
+            os.write(1, b"gone")
+            break
+        time.sleep(0.01)
+    os._exit(0)
+async def main():
+    await aiovspawn.run_process(["true"])
+    options = dict(namespaces={CLONE_NEWPID | CLONE_NEWNET}, parent_death_signal=9)
+    launch = asyncio.ensure_future(aiovspawn.create_subprocess_exec("sleep", "30", **options))
+    threading.Thread(target=look_after_the_end).start()
+    await asyncio.sleep(0)
+    ctypes.CDLL(None).syscall({SYS_EXIT}, 0)  # of this thread
+asyncio.run(main())
+"""
+    assert subprocess.check_output([*python, "-c", code], timeout=30) == b"gone"
 
 
 async def test_maps_of_the_unprivileged_beside_launches_that_hide_our_memory() -> None:
