@@ -357,7 +357,7 @@ static void note_exec_locked(const struct launch *launch)
         return;
     seen++;
     if (seen <= EXECS_LOOKED_AT || (seen & (seen - 1)) == 0)
-        exec_clears_word = has_memory(launch->pid);
+        exec_clears_word = probe_try(PROBE_PROCFS) == 0 && has_memory(launch->pid);
 }
 
 /* Looks once at the status pipe of a launch without a verdict; true when there
