@@ -737,8 +737,10 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     enum spawn_rung rung = options->rung;
     launch->by_memory = block->request.by_memory = tells_by_memory_locked(launch, block, options);
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
-    if (result == 0)
+    if (result == 0) {
+        *ret_op = SPAWN_OPEN_PIPES;
         result = watch_ends_locked(launch);
+    }
     if (result < 0)
         return result;
     if (launch->ends.cgroup >= 0)

@@ -55,7 +55,8 @@ static int try_rung(enum spawn_rung rung, int *ret_pidfd)
     if (!block)
         return -ENOMEM;
     struct spawn_step steps[] = {{.op = SPAWN_RESET_HANDLERS}, {.op = SPAWN_EXEC}};
-    block->child = (struct spawn_child){.status_fd = -1, .cgroup = -1, .programs = no_program, .steps = steps};
+    block->child = (struct spawn_child){
+        .status_fd = -1, .parent_stat = -1, .cgroup = -1, .programs = no_program, .steps = steps};
     launch_lock();
     int result = clone_locked(block, rung, ret_pidfd);
     launch_unlock();

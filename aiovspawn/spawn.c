@@ -50,6 +50,8 @@
 #define LAST_SIGNAL 64
 #define POLL_ERROR 8
 #define WAIT_NO_HANG 1
+#define STATE_ZOMBIE 'Z'
+#define STATE_DEAD 'X'
 #define FDS_PER_WORD 64
 #define CLOSE_RANGE_UNSHARE_FLAG 2
 
@@ -295,15 +297,17 @@ CHILD bool child_is_alone(int status_fd)
     return sys_call(__NR_ppoll, (long)&pipe, 1, (long)&at_once, 0, 0, 0) == 1 && (pipe.found & POLL_ERROR);
 }
 
-/* Whether a thread is dead, by its file of /proc: "PID (NAME) STATE ...". A name has 15 characters at the most,
- * of any kind; after it there are numbers. */
-CHILD bool child_reads_of_death(int stat)
+/* The state of a thread by its file of /proc, "PID (NAME) STATE ...", or 0 if that cannot be read. A name has
+ * 15 characters at the most, of any kind; after it there are numbers. */
+CHILD char child_read_state(int stat)
 {
     char text[64];
-    long size = sys_read(stat, text, sizeof text), at = size - 3;
+    long size = sys_call(__NR_pread64, stat, (long)text, sizeof text, 0, 0, 0), at = size - 3;
+    if (size == -ESRCH)
+        return STATE_DEAD;
     while (at > 0 && text[at] != ')')
         at--;
-    return at <= 0 || text[at + 2] == 'Z' || text[at + 2] == 'X';
+    return at > 0 ? text[at + 2] : 0;
 }
 
 /* Whether the thread is dead that launched us from another pid namespace. A dying one signals its children
@@ -311,10 +315,9 @@ CHILD bool child_reads_of_death(int stat)
  * both. */
 CHILD bool child_is_orphan(const struct spawn_child *child)
 {
-    if (child->parent_stat < 0)
-        return child_is_alone(child->status_fd);
     (void)sys_call(__NR_wait4, -1, 0, WAIT_NO_HANG, 0, 0, 0);
-    return child_reads_of_death(child->parent_stat);
+    char state = child->parent_stat < 0 ? 0 : child_read_state(child->parent_stat);
+    return state ? state == STATE_ZOMBIE || state == STATE_DEAD : child_is_alone(child->status_fd);
 }
 
 /* The parent may have died before: then nobody waits for us. Its pid is 0 from another pid namespace. */

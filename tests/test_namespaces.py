@@ -33,6 +33,7 @@ from aiovspawn import PIPE, _core
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="most namespaces are root's to make")
 
+MS_REC, MS_PRIVATE, MNT_DETACH = 0x4000, 0x40000, 2
 SYS_EXIT = 93 if os.uname().machine == "aarch64" else 60
 
 EACH = {
@@ -281,6 +282,23 @@ asyncio.run(main())
             parent.kill()
             ready, _, _ = select.select([parent.stdout], [], [], 10)
             assert ready and parent.stdout.read() == b""
+
+
+def test_parent_death_signal_from_another_pid_namespace_without_procfs(python: list[str]) -> None:
+    code = f"""
+import asyncio, ctypes, os, aiovspawn
+libc = ctypes.CDLL(None)
+assert libc.unshare({CLONE_NEWNS}) == 0
+assert libc.mount(b"none", b"/", None, {MS_REC | MS_PRIVATE}, None) == 0
+assert libc.umount2(b"/proc", {MNT_DETACH}) == 0
+async def main():
+    assert not os.path.exists("/proc/self")
+    for _ in range(2):
+        done = await aiovspawn.run_process(["true"], namespaces={CLONE_NEWPID}, parent_death_signal=9)
+        assert done.returncode == 0
+asyncio.run(main())
+"""
+    subprocess.run([*python, "-c", code], check=True, timeout=30)
 
 
 def test_child_goes_with_the_thread_that_launched_it(python: list[str]) -> None:
