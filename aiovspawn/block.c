@@ -21,7 +21,8 @@ static size_t page;
 
 void block_init_locked(void)
 {
-    page = (size_t)sysconf(_SC_PAGESIZE);
+    if (!page)
+        page = (size_t)sysconf(_SC_PAGESIZE);
 }
 
 size_t block_free_count_locked(void)
@@ -56,33 +57,44 @@ static struct block *map_block(size_t size)
     return block;
 }
 
-/* A block whose arena holds arena_size bytes in 16-byte units, or NULL. */
-struct block *block_new_locked(size_t arena_size)
+/* Of the whole mapping, before it is rounded up. */
+static size_t size_for(size_t arena_size)
 {
-    size_t overhead = page + STACK_SIZE + sizeof(struct block);
-    if (arena_size > SIZE_MAX / 2)
-        return NULL;
-    size_t size = overhead + arena_size > BLOCK_SIZE ? overhead + arena_size : BLOCK_SIZE;
+    size_t size = page + STACK_SIZE + sizeof(struct block) + arena_size;
+    return size > BLOCK_SIZE ? size : BLOCK_SIZE;
+}
+
+/* One of the usual size that has been given back, or NULL. */
+static struct block *take_free_locked(size_t size)
+{
     struct block *block = size == BLOCK_SIZE ? free_blocks : NULL;
     if (block) {
         free_blocks = block->next;
         free_count--;
-    } else {
-        block = map_block(size);
-    }
-    if (block) {
         block->used = 0;
         block->environment = NULL;
     }
     return block;
 }
 
+/* A block whose arena holds arena_size bytes in 16-byte units, or NULL. Mapped without the mutex: the kernel
+ * may have to wait for whoever is touching much of our memory. */
 struct block *block_new(size_t arena_size)
 {
+    if (arena_size > SIZE_MAX / 2)
+        return NULL;
+    size_t size = size_for(arena_size);
     launch_lock();
-    struct block *block = block_new_locked(arena_size);
+    struct block *block = take_free_locked(size);
     launch_unlock();
-    return block;
+    return block ? block : map_block(size);
+}
+
+/* One with a small arena, for who cannot let go of the mutex. */
+struct block *block_new_locked(void)
+{
+    struct block *block = take_free_locked(size_for(0));
+    return block ? block : map_block(size_for(0));
 }
 
 /* Memory from the arena, 16-byte aligned; NULL when it is used up. */

@@ -21,7 +21,7 @@ struct block {
 
 void block_init_locked(void);
 struct block *block_new(size_t arena_size);
-struct block *block_new_locked(size_t arena_size);
+struct block *block_new_locked(void);
 void *block_take(struct block *block, size_t size);
 void *block_stack(struct block *block, size_t *ret_size);
 void block_free(struct block *block);

@@ -644,7 +644,7 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
 static bool sharing_works_locked(enum spawn_rung rung)
 {
     if (sharing == SHARING_UNTRIED) {
-        struct block *block = block_new_locked(0);
+        struct block *block = block_new_locked();
         int result = block ? probe_shared_fds_locked(block, rung) : -ENOMEM;
         if (block)
             block_free_locked(block);

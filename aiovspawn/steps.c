@@ -61,7 +61,8 @@ bool spawn_serves(enum spawn_rung rung, const struct spawn_request *request)
 /* How many steps spawn_prepare() can make of a request. */
 size_t spawn_step_bound(const struct spawn_request *request)
 {
-    size_t kept = request->pass_fd_count + request->step_count + 7; /* with 3 sources, two pipes, a file of /proc, a cgroup */
+    size_t ours = 3 + 2 + 1 + 1; /* sources, pipes, a file of /proc, a cgroup */
+    size_t kept = request->pass_fd_count + request->step_count + ours;
     size_t unsharing = 1 + 1 + 3 + 1;
     size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
     return 4 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
