@@ -16,8 +16,8 @@ little. A pty, which brings two streams, is compared with "plain, pipes": a plai
 stdin and stdout are pipes. controlling_terminal needs a terminal: "all, terminal" has it too,
 and is compared with a plain launch that has a terminal as its stdin; "session, terminal" is one
 with start_new_session, which it implies: where each session is scheduled as a group (sched(7),
-autogroup), the parent is preempted more often. --each measures every option alone. As root, or with fewer of
-them.
+autogroup), the parent is preempted more often. --each measures every option alone. As root, or
+with fewer of them.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ ID_MAPS: dict[str, Any] = {
     "gid_map": [(0, os.getegid(), 1)],
 }
 ALONE: dict[str, dict[str, Any]] = {name: {name: value} for name, value in OPTIONS.items()} | {
-    "uid_map and gid_map": ID_MAPS,
+    "uid_map and gid_map": ID_MAPS | {"namespaces": NEWUSER},
     "user namespace": {"namespaces": NEWUSER},
     "pid namespace": {"namespaces": NEWPID},
     "mount namespace": {"namespaces": NEWNS},
