@@ -47,6 +47,8 @@ enum { SHARING_FAILURES_MAX = 3 };
 static size_t undetached; /* launches whose child still shares our table */
 enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has up to seven */
 
+static size_t waiting_for_maps; /* launches with a pipe for the go-ahead */
+
 /* A child has been seen to write to our memory: under some emulators it has a copy. */
 static bool memory_is_shared;
 /* An exec has been seen to clear the child's word: where only its exit did, who goes without a status
@@ -172,6 +174,8 @@ static int *slot_fd(struct launch *launch, enum launch_slot slot)
         return &launch->ends.parent[slot];
     case LAUNCH_STATUS:
         return &launch->ends.status_read;
+    case LAUNCH_GO:
+        return &launch->ends.go_write;
     case LAUNCH_PIDFD:
     case LAUNCH_SLOTS:
         break;
@@ -207,11 +211,21 @@ static void set_sharing_locked(struct launch *launch, bool shares)
     launch->shares_fds = shares;
 }
 
+static void close_go_locked(struct launch *launch)
+{
+    if (launch->ends.go_write < 0)
+        return;
+    hub_unwatch_locked(launch, LAUNCH_GO);
+    spawn_close_go(&launch->ends);
+    waiting_for_maps--;
+}
+
 static void close_all_locked(struct launch *launch)
 {
     hub_end_quiet_locked(launch);
     hub_end_await_locked(launch);
     set_sharing_locked(launch, false);
+    close_go_locked(launch);
     spawn_close_cgroup(&launch->ends);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
@@ -254,6 +268,7 @@ bool launch_left_memory_locked(struct launch *launch)
 static void set_detached_locked(struct launch *launch)
 {
     set_sharing_locked(launch, false);
+    close_go_locked(launch);
     spawn_close_child_ends(&launch->ends);
 }
 
@@ -558,6 +573,7 @@ static void close_locked(struct launch *launch)
 {
     if (launch->closed)
         return;
+    launch_grant_locked(launch); /* it may live on */
     launch->closed = true;
     for (int slot = 0; slot <= LAUNCH_STDERR; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
@@ -614,12 +630,39 @@ static int watch_ends_locked(struct launch *launch)
     return result;
 }
 
+/* Writes the id maps for which the child waits, and lets it go on. */
+void launch_grant_locked(struct launch *launch)
+{
+    if (launch->ends.go_write >= 0 && launch->block && !launch->exited)
+        idmap_grant(&launch->block->request, launch->pid, launch->pidfd, launch->ends.go_write);
+    close_go_locked(launch);
+}
+
+/* In the loop's next turn, which is then not longer than this one: it takes as long as all the rest of the
+ * launch. At once where nobody would come back to it. */
+static void grant_later_locked(struct launch *launch)
+{
+    bool later = launch->detached && hub_watch_locked(launch, LAUNCH_GO, EPOLLOUT | EPOLLONESHOT) == 0;
+    if (!later)
+        launch_grant_locked(launch);
+}
+
+/* Before their files may be root's, see hide_memory_locked(). */
+static void grant_all_locked(void)
+{
+    for (struct launch *launch = waiting_for_maps ? first_launch : NULL; launch; launch = launch->next)
+        if (launch->block)
+            launch_grant_locked(launch);
+}
+
 /* The mutex is held on entry and on return. */
 static int clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
 {
     bool waits = !spawn_is_detached(rung);
-    if (rung != SPAWN_FORK && launch->ends.hides_memory)
+    if (rung != SPAWN_FORK && launch->ends.hides_memory) {
+        grant_all_locked();
         hide_memory_locked(launch);
+    }
     launch->contended = counts.in_flight > 1;
     if (waits)
         launch_unlock();
@@ -737,6 +780,7 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     enum spawn_rung rung = options->rung;
     launch->by_memory = block->request.by_memory = tells_by_memory_locked(launch, block, options);
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
+    waiting_for_maps += launch->ends.go_write >= 0;
     if (result == 0) {
         *ret_op = SPAWN_OPEN_PIPES;
         result = watch_ends_locked(launch);
@@ -755,7 +799,7 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     if (result == 0 && launch->ends.go_write >= 0)
-        idmap_grant(&block->request, launch->pid, launch->pidfd, launch->ends.go_write);
+        grant_later_locked(launch);
     spawn_close_child_ends(&launch->ends);
     if (!launch->ends.owns_cgroup)
         spawn_close_cgroup(&launch->ends);
@@ -1133,6 +1177,7 @@ static void after_fork_in_child(void)
         set_in_flight_locked(launch, false);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         launch->shares_fds = false;
+        close_go_locked(launch);
         spawn_close_child_ends(&launch->ends);
         if (!launch->owned || launch->closed)
             bury_locked(launch);
