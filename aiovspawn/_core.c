@@ -805,6 +805,18 @@ static int add_steps(PyObject *module)
     return 0;
 }
 
+/* A type of the module, which is kept in *ret_type too, if that is not NULL. */
+static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type)
+{
+    PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    int result = type ? PyModule_AddType(module, type) : -1;
+    if (ret_type)
+        *ret_type = type;
+    else
+        Py_XDECREF(type);
+    return result;
+}
+
 static int core_exec(PyObject *module)
 {
     core_state *state = PyModule_GetState(module);
@@ -814,22 +826,11 @@ static int core_exec(PyObject *module)
         core_raise_errno(result);
         return -1;
     }
-    state->launch_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &launch_spec, NULL);
-    state->hub_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Hub_spec, NULL);
-    state->extend = PyUnicode_InternFromString("extend");
-    state->nothing = PyTuple_New(0);
-    state->waiter_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &waiter_spec, NULL);
-    if (!state->launch_type || !state->hub_type || !state->waiter_type || !state->extend || !state->nothing)
-        return -1;
-    if (PyModule_AddType(module, state->launch_type) < 0 || PyModule_AddType(module, state->hub_type) < 0 ||
-        PyModule_AddType(module, state->waiter_type) < 0 || scheduling_init(&state->scheduling, module) < 0 ||
-        waking_init(&state->waking) < 0 ||
+    if (!(state->extend = PyUnicode_InternFromString("extend")) || !(state->nothing = PyTuple_New(0)) ||
+        add_type(module, &launch_spec, &state->launch_type) < 0 || add_type(module, &Hub_spec, &state->hub_type) < 0 ||
+        add_type(module, &waiter_spec, &state->waiter_type) < 0 || add_type(module, &deferred_spec, NULL) < 0 ||
+        scheduling_init(&state->scheduling, module) < 0 || waking_init(&state->waking) < 0 ||
         eager_tasks_init(&state->eager_tasks, module, state->waking.task_type) < 0)
-        return -1;
-    PyObject *deferred_type = PyType_FromModuleAndSpec(module, &deferred_spec, NULL);
-    result = deferred_type ? PyModule_AddType(module, (PyTypeObject *)deferred_type) : -1;
-    Py_XDECREF(deferred_type);
-    if (result < 0)
         return -1;
     if (add_names(module, "STEP_NAMES", spawn_step_names, SPAWN_OPS) < 0 ||
         add_names(module, "FEATURES", probe_names, PROBES) < 0)

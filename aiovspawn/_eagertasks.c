@@ -207,16 +207,16 @@ int eager_tasks_init(struct eager_tasks *self, PyObject *module, PyObject *task_
     for (int i = 0; i < EAGER_NAMES; i++)
         if (!(self->names[i] = PyUnicode_InternFromString(eager_names[i])))
             return -1;
-    self->keywords = Py_BuildValue("(sss)", "loop", "eager_start", "context");
-    self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &EagerTasks_spec, NULL);
-    if (!self->keywords || !self->mixin || PyModule_AddType(module, self->mixin) < 0 || find_codes(self) < 0)
+    if (!(self->keywords = Py_BuildValue("(sss)", "loop", "eager_start", "context")) ||
+        !(self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &EagerTasks_spec, NULL)) ||
+        PyModule_AddType(module, self->mixin) < 0 || find_codes(self) < 0 ||
+        !(self->globals = attribute_of("asyncio.base_events", "__dict__")) ||
+        !(self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop")) ||
+        !(self->module = PyImport_ImportModule("asyncio.tasks")))
         return -1;
-    self->globals = attribute_of("asyncio.base_events", "__dict__");
-    self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop");
-    self->module = PyImport_ImportModule("asyncio.tasks");
     if (PY_VERSION_HEX >= 0x030C0000)
         self->task_type = Py_XNewRef(task_type);
-    return self->globals && self->get_running_loop && self->module ? 0 : -1;
+    return 0;
 }
 
 int eager_tasks_traverse(struct eager_tasks *self, visitproc visit, void *arg)
