@@ -2,9 +2,7 @@
  *
  * The child cannot do it by itself: for more than its own id it takes privileges in the
  * namespace that it has left. It waits, and is told what came of each map, so that a
- * failure is that child's failed step like any other.
- * It takes as long as all the rest of a launch, so a detached child waits for the loop's
- * next turn. user_namespaces(7).
+ * failure is that child's failed step like any other. user_namespaces(7).
  */
 #define _GNU_SOURCE
 #include "idmap.h"

@@ -47,7 +47,7 @@ enum { SHARING_FAILURES_MAX = 3 };
 static size_t undetached; /* launches whose child still shares our table */
 enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has up to seven */
 
-static size_t waiting_for_maps; /* launches with a pipe for the go-ahead */
+static struct launch *awaits_maps; /* the one whose id maps are to be written in its loop's next turn, or NULL */
 
 /* A child has been seen to write to our memory: under some emulators it has a copy. */
 static bool memory_is_shared;
@@ -217,7 +217,8 @@ static void close_go_locked(struct launch *launch)
         return;
     hub_unwatch_locked(launch, LAUNCH_GO);
     spawn_close_go(&launch->ends);
-    waiting_for_maps--;
+    if (launch == awaits_maps)
+        awaits_maps = NULL;
 }
 
 static void close_all_locked(struct launch *launch)
@@ -631,28 +632,31 @@ static int watch_ends_locked(struct launch *launch)
 }
 
 /* Writes the id maps for which the child waits, and lets it go on. */
-void launch_grant_locked(struct launch *launch)
+static void grant_locked(struct launch *launch)
 {
-    if (launch->ends.go_write >= 0 && launch->block && !launch->exited)
+    if (launch->block && !launch->exited)
         idmap_grant(&launch->block->request, launch->pid, launch->pidfd, launch->ends.go_write);
     close_go_locked(launch);
 }
 
-/* In the loop's next turn, which is then not longer than this one: it takes as long as all the rest of the
- * launch. At once where nobody would come back to it. */
-static void grant_later_locked(struct launch *launch)
+void launch_grant_locked(struct launch *launch)
 {
-    bool later = launch->detached && hub_watch_locked(launch, LAUNCH_GO, EPOLLOUT | EPOLLONESHOT) == 0;
-    if (!later)
-        launch_grant_locked(launch);
+    if (launch && launch == awaits_maps)
+        grant_locked(launch);
 }
 
-/* Before their files may be root's, see hide_memory_locked(). */
-static void grant_all_locked(void)
+/* That takes as long as all the rest of the launch, and is left to the loop's next turn; of one launch at a
+ * time, since it keeps fds. Not where others have to wait for it: for what they have closed and the child
+ * has not, or for our memory to be shown again. */
+static void grant_soon_locked(struct launch *launch)
 {
-    for (struct launch *launch = waiting_for_maps ? first_launch : NULL; launch; launch = launch->next)
-        if (launch->block)
-            launch_grant_locked(launch);
+    bool waits = launch->detached && launch->block->request.close_fds && !awaits_maps &&
+                 !(launch->hides_memory && hiding > 1) &&
+                 hub_watch_locked(launch, LAUNCH_GO, EPOLLOUT | EPOLLONESHOT) == 0;
+    if (waits)
+        awaits_maps = launch;
+    else
+        grant_locked(launch);
 }
 
 /* The mutex is held on entry and on return. */
@@ -660,7 +664,7 @@ static int clone_locked(struct launch *launch, struct block *block, enum spawn_r
 {
     bool waits = !spawn_is_detached(rung);
     if (rung != SPAWN_FORK && launch->ends.hides_memory) {
-        grant_all_locked();
+        launch_grant_locked(awaits_maps); /* while its files are not root's */
         hide_memory_locked(launch);
     }
     launch->contended = counts.in_flight > 1;
@@ -780,7 +784,6 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     enum spawn_rung rung = options->rung;
     launch->by_memory = block->request.by_memory = tells_by_memory_locked(launch, block, options);
     int result = spawn_open_ends(&block->request, &launch->ends, ret_op);
-    waiting_for_maps += launch->ends.go_write >= 0;
     if (result == 0) {
         *ret_op = SPAWN_OPEN_PIPES;
         result = watch_ends_locked(launch);
@@ -799,7 +802,7 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     if (result == 0 && launch->ends.go_write >= 0)
-        grant_later_locked(launch);
+        grant_soon_locked(launch);
     spawn_close_child_ends(&launch->ends);
     if (!launch->ends.owns_cgroup)
         spawn_close_cgroup(&launch->ends);

@@ -44,7 +44,7 @@ enum launch_slot {
     LAUNCH_STDERR,
     LAUNCH_STATUS,
     LAUNCH_PIDFD,
-    LAUNCH_GO, /* a child waits for its id maps: writable at once, so in the loop's next turn */
+    LAUNCH_GO, /* of a child that waits for its id maps: writable at once, so in the loop's next turn */
     LAUNCH_SLOTS
 };
 

@@ -216,7 +216,8 @@ async def test_failure_is_told_without_a_status_pipe(
     await asyncio.sleep(0)
     detached = core_rung.startswith("detached")
     by_memory = detached and SHARED not in request.node.callspec.id
-    assert open_pipes() - before == (0 if by_memory else 1) + (2 if detached else 0)  # the go-ahead's
+    go_ahead = 2 if detached and not keywords else 0
+    assert open_pipes() - before == (0 if by_memory else 1) + go_ahead
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
@@ -373,6 +374,34 @@ def test_maps_are_written_at_once_where_they_cannot_be_later(python: list[str], 
     run_waiting(python, code, env=environment)
 
 
+def test_maps_are_written_at_once_where_somebody_may_wait_for_the_exec(python: list[str]) -> None:
+    """What a child has not closed is open: to it, end of file, locks and programs that are written."""
+    code = """
+child = hub.launch(("/bin/true",), ("true",), None, (-4, -4, -4), (), STEPS, False, -1, True, None, False)
+assert uid_map(child)
+assert returncode(child) == 0
+"""
+    run_waiting(python, code)
+
+
+def test_one_child_waits_at_a_time(python: list[str]) -> None:
+    """It takes two more fds; and who is waiting is not held up by those that are launched."""
+    code = """
+first = launch(hub, "/bin/true")
+fds = len(os.listdir("/proc/self/fd"))
+others = [launch(hub, "/bin/true") for _ in range(9)]
+assert uid_map(first) == [] and all(map(uid_map, others))
+assert len(os.listdir("/proc/self/fd")) - fds <= 2 * 9  # status pipe, pidfd
+assert [returncode(child) for child in others] == [0] * 9
+first.close()
+latest = launch(hub, "/bin/true")
+assert uid_map(latest) == []
+hub.close()
+assert returncode(latest) == 0
+"""
+    run_waiting(python, code)
+
+
 async def test_maps_are_written_before_a_later_launch_hides_our_memory() -> None:
     """Of two in the same turn: none is tried again."""
     code = """
@@ -392,6 +421,33 @@ print("done")
     done = await aiovspawn.run_process(
         as_nobody("import ctypes, struct\n" + code), capture_output=True, timeout=60
     )
+    assert done.stdout == b"done\n", done.stderr
+
+
+async def test_no_loop_waits_for_the_turn_of_another() -> None:
+    """A child that waits for its maps and is to hide our memory does not keep it hidden until then."""
+    code = """
+maps = dict(namespaces=0x10000000, uid_map=[(0, 65534, 1)])
+allow = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)
+launched, ended = threading.Event(), threading.Event()
+def other():
+    launched.wait()
+    asyncio.run(aiovspawn.run_process(["true"], **maps))
+    ended.set()
+await aiovspawn.run_process(["true"])
+thread = threading.Thread(target=other)
+thread.start()
+hides = aiovspawn.run_process(["true"], seccomp=allow, no_new_privs=True)
+both = asyncio.gather(hides, aiovspawn.run_process(["true"], user=0, **maps))
+await asyncio.sleep(0)
+launched.set()
+assert ended.wait(30)
+await both
+thread.join()
+print("done")
+"""
+    command = as_nobody("import struct, threading\n" + code)
+    done = await aiovspawn.run_process(command, capture_output=True, timeout=60)
     assert done.stdout == b"done\n", done.stderr
 
 
