@@ -19,8 +19,20 @@ BINDING = (
     "_scheduling",
     "_waiter",
 )
-SOURCES = (*BINDING, "block", "ends", "environment", "hub", "idmap", "launch", "probe", "spawn", "steps")
-HEADERS = (*BINDING[1:], "block", "environment", "hub", "idmap", "launch", "probe", "spawn", "sys")
+SOURCES = (
+    *BINDING,
+    "block",
+    "ends",
+    "environment",
+    "hub",
+    "idmap",
+    "launch",
+    "probe",
+    "reap",
+    "spawn",
+    "steps",
+)
+HEADERS = (*BINDING[1:], "block", "environment", "hub", "idmap", "launch", "probe", "reap", "spawn", "sys")
 
 core = Extension(
     "aiovspawn._core",

@@ -10,6 +10,7 @@
  */
 #define _GNU_SOURCE
 #include "hub.h"
+#include "reap.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -350,7 +351,7 @@ int hub_watch_pidfd_locked(struct launch *launch)
 
 static void drain_pidfd(struct hub *hub, struct launch *launch)
 {
-    if (!launch_reap_locked(launch)) {
+    if (!reap_locked(launch)) {
         /* Readable for as long as a tracer keeps the zombie; the kernel notifies again when it lets go. */
         (void)hub_watch_locked(launch, LAUNCH_PIDFD, EPOLLIN | (launch->held ? EPOLLET : EPOLLONESHOT));
         return;

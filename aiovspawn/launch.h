@@ -137,7 +137,6 @@ bool launch_in_flight_before(uint64_t id);
 bool launch_memory_is_hidden(void);
 bool launch_memory_is_wanted(void);
 struct launch_counts launch_count(void);
-bool launch_exit_info(int pidfd, int *ret_wait_status);
 
 /* Whether somebody is to hear of its exec. */
 static inline bool launch_tells_exec(const struct launch *launch)
@@ -154,7 +153,6 @@ uint64_t launch_generation(void);
 int launch_slot_fd(const struct launch *launch, enum launch_slot slot);
 void launch_close_slot_locked(struct launch *launch, enum launch_slot slot);
 bool launch_read_status_locked(struct launch *launch);
-bool launch_reap_locked(struct launch *launch);
 void launch_grant_locked(struct launch *launch);
 bool launch_left_memory_locked(struct launch *launch);
 bool launch_hides_memory_locked(void);

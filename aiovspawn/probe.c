@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "probe.h"
 #include "launch.h"
+#include "reap.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -98,7 +99,7 @@ static int probe_pidfd_info(void)
     int pidfd = -1, result = -ENOSYS, wait_status;
     for (int rung = (int)spawn_best_rung(); rung < SPAWN_RUNGS && result < 0; rung++)
         result = try_rung((enum spawn_rung)rung, &pidfd);
-    if (result == 0 && !launch_exit_info(pidfd, &wait_status))
+    if (result == 0 && !reap_exit_info(pidfd, &wait_status))
         result = -ENOTTY;
     if (pidfd >= 0)
         (void)close(pidfd);

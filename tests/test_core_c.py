@@ -14,7 +14,18 @@ from aiovspawn import _core
 from aiovspawn._launch import CORE_RUNGS
 
 SOURCE = HERE.parent / "aiovspawn"
-CORE = ["spawn.c", "block.c", "ends.c", "environment.c", "steps.c", "idmap.c", "launch.c", "hub.c", "probe.c"]
+CORE = [
+    "spawn.c",
+    "block.c",
+    "ends.c",
+    "environment.c",
+    "steps.c",
+    "idmap.c",
+    "launch.c",
+    "hub.c",
+    "probe.c",
+    "reap.c",
+]
 BATTERY = sorted((HERE / "c").glob("battery*.c"))
 NAMES = [
     name for path in BATTERY for name in re.findall(r"^    TEST\((\w+)\),$", path.read_text(), re.MULTILINE)
