@@ -37,14 +37,9 @@ void spawn_close_child_ends(struct spawn_ends *ends)
     close_end(&ends->status_write);
     for (int i = 0; i < 3; i++)
         close_end(&ends->child[i]);
-    close_end(&ends->own_stat);
-}
-
-/* Both ends: while a child may be told, there is a reader, and no SIGPIPE. */
-void spawn_close_go(struct spawn_ends *ends)
-{
     close_end(&ends->go_read);
     close_end(&ends->go_write);
+    close_end(&ends->own_stat);
 }
 
 /* What spawn_keep_inherited() keeps. */
@@ -73,7 +68,6 @@ void spawn_close_cgroup(struct spawn_ends *ends)
 void spawn_close_ends(struct spawn_ends *ends)
 {
     spawn_close_child_ends(ends);
-    spawn_close_go(ends);
     spawn_close_cgroup(ends);
     close_end(&ends->status_read);
     for (int i = 0; i < 3; i++)

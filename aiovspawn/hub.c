@@ -70,7 +70,6 @@ void hub_close(struct hub *hub)
             continue;
         for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
             hub_unwatch_locked(launch, (enum launch_slot)slot);
-        launch_grant_locked(launch);
         hub_end_quiet_locked(launch);
         hub_end_await_locked(launch);
         launch->hub = NULL;
@@ -518,9 +517,6 @@ static void drain_one(struct hub *hub, const struct epoll_event *ready)
         break;
     case LAUNCH_STATUS:
         drain_status(hub, launch);
-        break;
-    case LAUNCH_GO:
-        launch_grant_locked(launch);
         break;
     case LAUNCH_PIDFD:
     case LAUNCH_SLOTS:

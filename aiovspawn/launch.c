@@ -47,8 +47,6 @@ enum { SHARING_FAILURES_MAX = 3 };
 static size_t undetached; /* launches whose child still shares our table */
 enum { SHARING_RESERVE = 24 }; /* fds that must be left for each of them: it has up to seven */
 
-static struct launch *awaits_maps; /* the one whose id maps are to be written in its loop's next turn, or NULL */
-
 /* A child has been seen to write to our memory: under some emulators it has a copy. */
 static bool memory_is_shared;
 /* An exec has been seen to clear the child's word: where only its exit did, who goes without a status
@@ -174,8 +172,6 @@ static int *slot_fd(struct launch *launch, enum launch_slot slot)
         return &launch->ends.parent[slot];
     case LAUNCH_STATUS:
         return &launch->ends.status_read;
-    case LAUNCH_GO:
-        return &launch->ends.go_write;
     case LAUNCH_PIDFD:
     case LAUNCH_SLOTS:
         break;
@@ -211,22 +207,11 @@ static void set_sharing_locked(struct launch *launch, bool shares)
     launch->shares_fds = shares;
 }
 
-static void close_go_locked(struct launch *launch)
-{
-    if (launch->ends.go_write < 0)
-        return;
-    hub_unwatch_locked(launch, LAUNCH_GO);
-    spawn_close_go(&launch->ends);
-    if (launch == awaits_maps)
-        awaits_maps = NULL;
-}
-
 static void close_all_locked(struct launch *launch)
 {
     hub_end_quiet_locked(launch);
     hub_end_await_locked(launch);
     set_sharing_locked(launch, false);
-    close_go_locked(launch);
     spawn_close_cgroup(&launch->ends);
     for (int slot = 0; slot < LAUNCH_SLOTS; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
@@ -269,7 +254,6 @@ bool launch_left_memory_locked(struct launch *launch)
 static void set_detached_locked(struct launch *launch)
 {
     set_sharing_locked(launch, false);
-    close_go_locked(launch);
     spawn_close_child_ends(&launch->ends);
 }
 
@@ -471,7 +455,6 @@ static void close_locked(struct launch *launch)
 {
     if (launch->closed)
         return;
-    launch_grant_locked(launch); /* it may live on */
     launch->closed = true;
     for (int slot = 0; slot <= LAUNCH_STDERR; slot++)
         launch_close_slot_locked(launch, (enum launch_slot)slot);
@@ -528,42 +511,12 @@ static int watch_ends_locked(struct launch *launch)
     return result;
 }
 
-/* Writes the id maps for which the child waits, and lets it go on. */
-static void grant_locked(struct launch *launch)
-{
-    if (launch->block && !launch->exited)
-        idmap_grant(&launch->block->request, launch->pid, launch->pidfd, launch->ends.go_write);
-    close_go_locked(launch);
-}
-
-void launch_grant_locked(struct launch *launch)
-{
-    if (launch && launch == awaits_maps)
-        grant_locked(launch);
-}
-
-/* That takes as long as all the rest of the launch, and is left to the loop's next turn; of one launch at a
- * time, since it keeps fds. Not where others have to wait for it: for what they have closed and the child
- * has not, or for our memory to be shown again. */
-static void grant_soon_locked(struct launch *launch)
-{
-    bool waits = launch->detached && launch->block->request.close_fds && !awaits_maps &&
-                 !(launch->hides_memory && hiding > 1) &&
-                 hub_watch_locked(launch, LAUNCH_GO, EPOLLOUT | EPOLLONESHOT) == 0;
-    if (waits)
-        awaits_maps = launch;
-    else
-        grant_locked(launch);
-}
-
 /* The mutex is held on entry and on return. */
 static int clone_locked(struct launch *launch, struct block *block, enum spawn_rung rung)
 {
     bool waits = !spawn_is_detached(rung);
-    if (rung != SPAWN_FORK && launch->ends.hides_memory) {
-        launch_grant_locked(awaits_maps); /* while its files are not root's */
+    if (rung != SPAWN_FORK && launch->ends.hides_memory)
         hide_memory_locked(launch);
-    }
     launch->contended = counts.in_flight > 1;
     if (waits)
         launch_unlock();
@@ -699,7 +652,7 @@ static int open_and_clone_locked(struct launch *launch, struct block *block, con
     spawn_prepare(&block->request, &launch->ends, rung, false, &block->child);
     result = clone_locked(launch, block, rung);
     if (result == 0 && launch->ends.go_write >= 0)
-        grant_soon_locked(launch);
+        idmap_grant(&block->request, launch->pid, launch->pidfd, launch->ends.go_write);
     spawn_close_child_ends(&launch->ends);
     if (!launch->ends.owns_cgroup)
         spawn_close_cgroup(&launch->ends);
@@ -1077,7 +1030,6 @@ static void after_fork_in_child(void)
         set_in_flight_locked(launch, false);
         launch_close_slot_locked(launch, LAUNCH_STATUS);
         launch->shares_fds = false;
-        close_go_locked(launch);
         spawn_close_child_ends(&launch->ends);
         if (!launch->owned || launch->closed)
             bury_locked(launch);

@@ -38,15 +38,7 @@
 struct hub;
 
 /* What a hub can watch of a launch; the first three are the child's fd numbers. */
-enum launch_slot {
-    LAUNCH_STDIN,
-    LAUNCH_STDOUT,
-    LAUNCH_STDERR,
-    LAUNCH_STATUS,
-    LAUNCH_PIDFD,
-    LAUNCH_GO, /* of a child that waits for its id maps: writable at once, so in the loop's next turn */
-    LAUNCH_SLOTS
-};
+enum launch_slot { LAUNCH_STDIN, LAUNCH_STDOUT, LAUNCH_STDERR, LAUNCH_STATUS, LAUNCH_PIDFD, LAUNCH_SLOTS };
 
 enum launch_verdict { LAUNCH_PENDING, LAUNCH_EXECED, LAUNCH_FAILED };
 
@@ -153,7 +145,6 @@ uint64_t launch_generation(void);
 int launch_slot_fd(const struct launch *launch, enum launch_slot slot);
 void launch_close_slot_locked(struct launch *launch, enum launch_slot slot);
 bool launch_read_status_locked(struct launch *launch);
-void launch_grant_locked(struct launch *launch);
 bool launch_left_memory_locked(struct launch *launch);
 bool launch_hides_memory_locked(void);
 

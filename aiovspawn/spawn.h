@@ -168,7 +168,6 @@ extern const char *const spawn_step_names[SPAWN_OPS];
 void spawn_ends_init(struct spawn_ends *ends);
 int spawn_open_ends(const struct spawn_request *request, struct spawn_ends *ends, enum spawn_op *ret_op);
 void spawn_close_child_ends(struct spawn_ends *ends);
-void spawn_close_go(struct spawn_ends *ends);
 void spawn_close_ends(struct spawn_ends *ends);
 void spawn_close_cgroup(struct spawn_ends *ends);
 bool spawn_cgroup_is_empty(int directory);

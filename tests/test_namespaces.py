@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import errno
 import os
 import select
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, SHARED, compile_program, open_pipes
+from conftest import SHARED, open_pipes
 from look import NOBODY, ROOT, look
 from test_options import (
     CLONE_NEWCGROUP,
@@ -214,10 +213,8 @@ async def test_failure_is_told_without_a_status_pipe(
     before = open_pipes()
     run = asyncio.ensure_future(aiovspawn.run_process(["sleep", "1000"], **options))
     await asyncio.sleep(0)
-    detached = core_rung.startswith("detached")
-    by_memory = detached and SHARED not in request.node.callspec.id
-    go_ahead = 2 if detached and not keywords else 0
-    assert open_pipes() - before == (0 if by_memory else 1) + go_ahead
+    by_memory = core_rung.startswith("detached") and SHARED not in request.node.callspec.id
+    assert open_pipes() - before == (0 if by_memory else 1)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
@@ -251,204 +248,24 @@ async def test_cancelled_while_it_waits_for_its_maps(core_rung: str) -> None:
             await process.wait()
 
 
-# ---- the maps are written in a later turn of the loop than the clone --------------
-
-WAITING = f"""
-import asyncio, os, select, signal, sys, threading, time, aiovspawn
-from collections import deque
-from aiovspawn import _core
-STEPS = (
-    (_core.STEP_NAMESPACES, {CLONE_NEWUSER}, 0, None),
-    (_core.STEP_UID_MAP, 6, 0, b"0 0 1\\n"),
-    (_core.STEP_GID_MAP, 6, 0, b"0 0 1\\n"),
-)
-def launch(hub, *argv):
-    return hub.launch((argv[0],), argv, None, (-4, -4, -4), (), STEPS, True, -1, True, None, False)
-def uid_map(child):
-    return open(f"/proc/{{child.pid}}/uid_map").read().split()
-def returncode(child):
-    for _ in range(1000):
-        if child.poll() is not None:
-            return child.poll()
-        time.sleep(0.01)
-    raise AssertionError("it waits")
-hub = _core.Hub()
-"""
-
-
-def run_waiting(python: list[str], code: str, **keywords: Any) -> None:
-    subprocess.run([*python, "-c", WAITING + code], check=True, timeout=60, **keywords)
-
-
-@pytest.mark.parametrize("rung", ["detached-clone3", "detached-clone"])
-def test_child_waits_for_the_hub(python: list[str], rung: str) -> None:
-    run_waiting(
-        python,
-        f"""
-_core.force_rung({rung!r})
-child, fds = launch(hub, "/bin/true"), len(os.listdir("/proc/self/fd"))
-assert uid_map(child) == [] and child.poll() is None
-events = deque()
-hub.drain(events)
-assert not events and uid_map(child) == ["0", "0", "1"]
-assert len(os.listdir("/proc/self/fd")) == fds - 2
-while not any(kind == 5 for _, kind, _ in events):
-    select.select([hub.fileno()], [], [], 10)
-    hub.drain(events)
-assert events[-1] == (child.id, 5, 0)
-""",
-    )
-
-
-@pytest.mark.parametrize("ends", ["hub.close()", "del child", "child.close()"])
-def test_child_of_whom_nobody_hears_any_more_runs(python: list[str], ends: str) -> None:
-    """As it does without maps."""
-    with subprocess.Popen(
-        [*python, "-c", f"{WAITING}child = launch(hub, '/bin/echo', 'runs')\n{ends}\nos._exit(0)"],
-        stdout=subprocess.PIPE,
-    ) as parent:
-        assert parent.stdout is not None and parent.stdout.read() == b"runs\n"
-
-
-def test_child_that_is_killed_while_it_waits(python: list[str]) -> None:
-    """Nobody reads what it is told: that is no SIGPIPE for us."""
-    run_waiting(
-        python,
-        """
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-for told in (False, True):
-    fds = len(os.listdir("/proc/self/fd"))
-    child = launch(hub, "/bin/true")
-    child.send_signal(signal.SIGKILL)
-    if not told:
-        select.select([child.pidfd], [], [], 10)
-    events = deque()
-    while not any(kind == 5 for _, kind, _ in events):
-        select.select([hub.fileno()], [], [], 10)
-        hub.drain(events)
-    assert events[-1] == (child.id, 5, -9), events
-    child.close()
-    assert len(os.listdir("/proc/self/fd")) == fds
-""",
-    )
-
-
-def test_child_that_waits_is_not_told_by_a_fork(python: list[str]) -> None:
-    """Nor held up by it when we are gone: it has none of the pipe's ends."""
-    code = """
-child = launch(hub, "/bin/sleep", "1000")
-if os.fork() == 0:
-    hub.close()
-    child.close()
-    os.write(2, b"closed")
-    os.close(1)
-    os.read(0, 1)
-    os._exit(0)
-os.read(3, 1)
-assert uid_map(child) == []
-os._exit(0)
-"""
-    go_read, go_write = os.pipe()
-    with subprocess.Popen(
-        ["bash", "-c", f'exec 3<&{go_read} {go_read}<&-; exec "$@"', "-", *python, "-c", WAITING + code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        pass_fds=[go_read],
-    ) as parent:
-        os.close(go_read)
-        assert parent.stdout is not None and parent.stderr is not None
-        assert parent.stderr.read(6) == b"closed"
-        os.close(go_write)
-        ready, _, _ = select.select([parent.stdout], [], [], 10)
-        assert ready and parent.stdout.read() == b""
-        assert parent.wait() == 0
-
-
-def test_maps_are_written_at_once_where_they_cannot_be_later(python: list[str], tmp_path: Path) -> None:
-    library = compile_program(
-        tmp_path / "refuse.so", "-shared", "-fPIC", str(HERE / "c" / "refuse_watch.c"), "-ldl"
-    )
-    environment = os.environ | {"LD_PRELOAD": str(library), "REFUSE_GO_AHEAD": str(errno.ENOSPC)}
-    code = 'child = launch(hub, "/bin/true")\nassert uid_map(child)\nassert returncode(child) == 0'
-    run_waiting(python, code, env=environment)
-
-
-def test_maps_are_written_at_once_where_somebody_may_wait_for_the_exec(python: list[str]) -> None:
-    """What a child has not closed is open: to it, end of file, locks and programs that are written."""
-    code = """
-child = hub.launch(("/bin/true",), ("true",), None, (-4, -4, -4), (), STEPS, False, -1, True, None, False)
-assert uid_map(child)
-assert returncode(child) == 0
-"""
-    run_waiting(python, code)
-
-
-def test_one_child_waits_at_a_time(python: list[str]) -> None:
-    """It takes two more fds; and who is waiting is not held up by those that are launched."""
-    code = """
-first = launch(hub, "/bin/true")
-fds = len(os.listdir("/proc/self/fd"))
-others = [launch(hub, "/bin/true") for _ in range(9)]
-assert uid_map(first) == [] and all(map(uid_map, others))
-assert len(os.listdir("/proc/self/fd")) - fds <= 2 * 9  # status pipe, pidfd
-assert [returncode(child) for child in others] == [0] * 9
-first.close()
-latest = launch(hub, "/bin/true")
-assert uid_map(latest) == []
-hub.close()
-assert returncode(latest) == 0
-"""
-    run_waiting(python, code)
-
-
-async def test_maps_are_written_before_a_later_launch_hides_our_memory() -> None:
-    """Of two in the same turn: none is tried again."""
-    code = """
-prctl = ctypes.CDLL(None).prctl
-maps = dict(namespaces=0x10000000, uid_map=[(0, 65534, 1)], gid_map=[(0, 65534, 1)])
-allow = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)
-await aiovspawn.run_process(["true"])
-for i in range(50):
-    while prctl(3) != 1:
-        await asyncio.sleep(0.001)
-    before = aiovspawn._core.counts()["rungs"]["detached-clone3"]
-    hides = aiovspawn.run_process(["true"], seccomp=allow, no_new_privs=True)
-    await asyncio.gather(aiovspawn.run_process(["true"], **maps), hides)
-    assert aiovspawn._core.counts()["rungs"]["detached-clone3"] == before + 2, i
-print("done")
-"""
-    done = await aiovspawn.run_process(
-        as_nobody("import ctypes, struct\n" + code), capture_output=True, timeout=60
-    )
-    assert done.stdout == b"done\n", done.stderr
-
-
-async def test_no_loop_waits_for_the_turn_of_another() -> None:
-    """A child that waits for its maps and is to hide our memory does not keep it hidden until then."""
-    code = """
-maps = dict(namespaces=0x10000000, uid_map=[(0, 65534, 1)])
-allow = struct.pack("HBBI", 6, 0, 0, 0x7FFF0000)
-launched, ended = threading.Event(), threading.Event()
-def other():
-    launched.wait()
-    asyncio.run(aiovspawn.run_process(["true"], **maps))
-    ended.set()
-await aiovspawn.run_process(["true"])
-thread = threading.Thread(target=other)
-thread.start()
-hides = aiovspawn.run_process(["true"], seccomp=allow, no_new_privs=True)
-both = asyncio.gather(hides, aiovspawn.run_process(["true"], user=0, **maps))
-await asyncio.sleep(0)
-launched.set()
-assert ended.wait(30)
-await both
-thread.join()
-print("done")
-"""
-    command = as_nobody("import struct, threading\n" + code)
-    done = await aiovspawn.run_process(command, capture_output=True, timeout=60)
-    assert done.stdout == b"done\n", done.stderr
+@pytest.mark.parametrize("kind", ["stdout", "pass_fds", "fd_map", "close_fds"])
+async def test_nobody_who_waits_for_the_program_waits_for_the_loop(core_rung: str, kind: str) -> None:
+    """What the child has open is at its end when the program is, also if the loop does not turn before."""
+    reader, writer = os.pipe()
+    options: dict[str, Any] = {
+        "stdout": {"stdout": writer},
+        "pass_fds": {"pass_fds": [writer]},
+        "fd_map": {"fd_map": {9: writer}},
+        "close_fds": {"close_fds": False},
+    }[kind]
+    os.set_inheritable(writer, kind == "close_fds")
+    run = asyncio.ensure_future(aiovspawn.run_process(["true"], namespaces=CLONE_NEWUSER, **MAPS, **options))
+    await asyncio.sleep(0)
+    os.close(writer)
+    ready, _, _ = select.select([reader], [], [], 10)
+    os.close(reader)
+    assert (await run).returncode == 0
+    assert ready
 
 
 async def test_signals_to_the_first_process(core_rung: str) -> None:

@@ -301,7 +301,7 @@ def test_child_that_cannot_be_watched_is_killed_and_reaped(
     core_rung: str, python: list[str], tmp_path: Path
 ) -> None:
     library = compile_program(
-        tmp_path / "refuse.so", "-shared", "-fPIC", str(HERE / "c" / "refuse_watch.c"), "-ldl"
+        tmp_path / "refuse.so", "-shared", "-fPIC", str(HERE / "c" / "refuse_pidfd.c"), "-ldl"
     )
     environment = os.environ | {"AIOVSPAWN_RUNG": core_rung, "LD_PRELOAD": str(library)}
     subprocess.run([*python, "-c", UNWATCHABLE], check=True, env=environment)

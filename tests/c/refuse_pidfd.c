@@ -1,6 +1,5 @@
-/* A preloaded epoll_ctl(2) that has no room for pidfds, or for pipes of which it is asked once whether
- * they can be written to, while the environment says so: what fs.epoll.max_user_watches does to one fd
- * of a launch. */
+/* A preloaded epoll_ctl(2) that has no room for pidfds while the environment says so:
+ * what fs.epoll.max_user_watches does to the last fd of a launch. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,22 +16,13 @@ static int is_pidfd(int fd)
     return readlink(path, target, sizeof target - 1) > 0 && strstr(target, "pidfd");
 }
 
-/* An errno, or NULL. */
-static const char *refusal(int fd, const struct epoll_event *event)
-{
-    if (event->events == (EPOLLOUT | EPOLLONESHOT))
-        return getenv("REFUSE_GO_AHEAD");
-    return is_pidfd(fd) ? getenv("REFUSE_PIDFD") : NULL;
-}
-
 int epoll_ctl(int epoll, int operation, int fd, struct epoll_event *event)
 {
     static int (*next)(int, int, int, struct epoll_event *);
     if (!next)
         *(void **)&next = dlsym(RTLD_NEXT, "epoll_ctl");
-    const char *error = operation == EPOLL_CTL_ADD ? refusal(fd, event) : NULL;
-    if (error) {
-        errno = atoi(error);
+    if (operation == EPOLL_CTL_ADD && getenv("REFUSE_PIDFD") && is_pidfd(fd)) {
+        errno = atoi(getenv("REFUSE_PIDFD"));
         return -1;
     }
     return next(epoll, operation, fd, event);
