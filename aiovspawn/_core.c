@@ -806,9 +806,11 @@ static int add_steps(PyObject *module)
 }
 
 /* A type of the module, which is kept in *ret_type too, if that is not NULL. */
-static int add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type)
+int core_add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type)
 {
     PyTypeObject *type = (PyTypeObject *)PyType_FromModuleAndSpec(module, spec, NULL);
+    if (!type && !PyErr_Occurred())
+        (void)PyErr_NoMemory(); /* CPython does not always say so */
     int result = type ? PyModule_AddType(module, type) : -1;
     if (ret_type)
         *ret_type = type;
@@ -827,8 +829,10 @@ static int core_exec(PyObject *module)
         return -1;
     }
     if (!(state->extend = PyUnicode_InternFromString("extend")) || !(state->nothing = PyTuple_New(0)) ||
-        add_type(module, &launch_spec, &state->launch_type) < 0 || add_type(module, &Hub_spec, &state->hub_type) < 0 ||
-        add_type(module, &waiter_spec, &state->waiter_type) < 0 || add_type(module, &deferred_spec, NULL) < 0 ||
+        core_add_type(module, &launch_spec, &state->launch_type) < 0 ||
+        core_add_type(module, &Hub_spec, &state->hub_type) < 0 ||
+        core_add_type(module, &waiter_spec, &state->waiter_type) < 0 ||
+        core_add_type(module, &deferred_spec, NULL) < 0 ||
         scheduling_init(&state->scheduling, module) < 0 || waking_init(&state->waking) < 0 ||
         eager_tasks_init(&state->eager_tasks, module, state->waking.task_type) < 0)
         return -1;

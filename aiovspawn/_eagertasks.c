@@ -208,8 +208,7 @@ int eager_tasks_init(struct eager_tasks *self, PyObject *module, PyObject *task_
         if (!(self->names[i] = PyUnicode_InternFromString(eager_names[i])))
             return -1;
     if (!(self->keywords = Py_BuildValue("(sss)", "loop", "eager_start", "context")) ||
-        !(self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &EagerTasks_spec, NULL)) ||
-        PyModule_AddType(module, self->mixin) < 0 || find_codes(self) < 0 ||
+        core_add_type(module, &EagerTasks_spec, &self->mixin) < 0 || find_codes(self) < 0 ||
         !(self->globals = attribute_of("asyncio.base_events", "__dict__")) ||
         !(self->get_running_loop = attribute_of("asyncio.events", "_get_running_loop")) ||
         !(self->module = PyImport_ImportModule("asyncio.tasks")))

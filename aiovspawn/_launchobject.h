@@ -52,5 +52,6 @@ PyObject *launch_object_fill(LaunchObject *self, struct launch *launch, enum spa
 PyObject *launch_object_tell(LaunchObject *self, int kind, int value, int step);
 const char *launch_rung_name(int rung);
 PyObject *core_raise_errno(int negative);
+int core_add_type(PyObject *module, PyType_Spec *spec, PyTypeObject **ret_type);
 
 #endif

@@ -202,10 +202,7 @@ int scheduling_init(struct scheduling *self, PyObject *module)
     for (int i = 0; i < SCHEDULING_NAMES; i++)
         if (!(self->names[i] = PyUnicode_InternFromString(scheduling_names[i])))
             return -1;
-    self->mixin = (PyTypeObject *)PyType_FromModuleAndSpec(module, &Scheduling_spec, NULL);
-    if (!self->mixin || PyModule_AddType(module, self->mixin) < 0)
-        return -1;
-    return find_handle(self);
+    return core_add_type(module, &Scheduling_spec, &self->mixin) < 0 ? -1 : find_handle(self);
 }
 
 int scheduling_traverse(struct scheduling *self, visitproc visit, void *arg)
