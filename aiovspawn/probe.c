@@ -150,9 +150,12 @@ static int share_fds_locked(struct block *block, struct spawn_ends *ends, enum s
 }
 
 /* A launch with the fd table shared until the child has one of its own, on one rung. The
- * block has nothing in it. */
+ * block has nothing in it. Its signals stay blocked: its end is waited for with the mutex held, and a
+ * stop that was meant for all of our process group would last. */
 int probe_shared_fds_locked(struct block *block, enum spawn_rung rung)
 {
+    static const uint64_t all_signals = ~0ULL;
+    static const struct spawn_step blocked = {.op = SPAWN_SIGMASK, .data = &all_signals};
     struct spawn_ends ends;
     int result = probe_procfs();
     if (result < 0)
@@ -161,6 +164,8 @@ int probe_shared_fds_locked(struct block *block, enum spawn_rung rung)
         .programs = no_program,
         .stdio = {SPAWN_DEVNULL, SPAWN_PIPE, SPAWN_DEVNULL},
         .close_fds = true,
+        .steps = &blocked,
+        .step_count = 1,
     };
     size_t table = spawn_step_bound(&block->request) * sizeof(struct spawn_step);
     block->used = 0;

@@ -109,6 +109,39 @@ def test_wrong_values_are_value_errors(hub: _core.Hub, pass_fds: Any, steps: Any
         hub.launch((b"/bin/true",), (), None, (0, 1, 2), pass_fds, steps, True, -1, True, None, False)
 
 
+# ---- signals before the exec -----------------------------------------------------------
+
+SIGNAL = signal.SIGUSR1
+
+
+def test_no_handler_of_the_parents_runs_in_the_child(core_rung: str, hub: _core.Hub) -> None:
+    old = signal.signal(SIGNAL, lambda *_: pytest.fail("the parent's handler ran"))
+    try:
+        for _ in range(50):
+            child = launch(hub, b"/bin/sleep", "100")
+            child.send_signal(SIGNAL)
+            assert wait(hub)[-1] == (child.id, 5, -SIGNAL)
+    finally:
+        signal.signal(SIGNAL, old)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        (_core.STEP_IGNORE_SIGNAL, int(SIGNAL), 0, None),
+        (_core.STEP_SIGMASK, 0, 0, (1 << SIGNAL - 1).to_bytes(8, sys.byteorder)),
+    ],
+    ids=["ignored", "blocked"],
+)
+def test_no_signal_has_its_effect_before_it_is(
+    core_rung: str, hub: _core.Hub, step: tuple[int, int, int, bytes | None]
+) -> None:
+    for _ in range(50):
+        child = launch(hub, b"/bin/true", steps=(step,))
+        child.send_signal(SIGNAL)
+        assert wait(hub)[-1] == (child.id, 5, 0)
+
+
 @pytest.mark.parametrize("step", [(7, 0, 0), [7, 0, 0, None], (7, 0, 0, bytearray(8)), (7, 0, 0, "x")])
 def test_what_is_no_step_is_a_type_error(hub: _core.Hub, step: Any) -> None:
     with pytest.raises(TypeError, match="step is"):

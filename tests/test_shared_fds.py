@@ -6,10 +6,11 @@ import asyncio
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,34 @@ thread.join()
 assert shared == [True] * 4
 """
     on_loop(SHARING + code, python)
+
+
+STOPPED = """
+import os, signal, time
+from aiovspawn import _core
+signal.signal(signal.SIGTSTP, lambda *_: None)  # the children are stopped by it, and we are not
+parent = os.getpid()
+if os.fork() == 0:
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    while os.getppid() == parent:
+        os.killpg(0, signal.SIGTSTP)
+        time.sleep(0.0003)
+    os._exit(0)
+hub = _core.Hub()
+for _ in range(60):
+    _core.share_fds_from(0)  # whether that works is found out anew
+    launch = hub.launch((b"/bin/true",), ("true",), None, (-4, -4, -4), (), (), True, -1, True, None, False)
+    launch.send_signal(signal.SIGKILL)
+print("launched", flush=True)
+os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_trial_is_not_stopped_with_the_process_group() -> None:
+    command = [sys.executable, "-c", STOPPED]
+    with subprocess.Popen(command, stdout=PIPE, text=True, process_group=0) as process:
+        try:
+            assert process.communicate(timeout=20)[0] == "launched\n"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
