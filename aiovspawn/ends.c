@@ -104,16 +104,14 @@ static int open_pipe(int flags, int *ret_read, int *ret_write)
     return 0;
 }
 
-/* Only the parent's end is non-blocking: the two ends are open file
- * descriptions of their own, and the child's program expects a blocking one. */
+/* The two ends are open file descriptions of their own, both born non-blocking: the child clears that of its
+ * one (SPAWN_BLOCKING) or opens it anew, at a time for which a loop does not wait. */
 static int open_stdio_pipe(struct spawn_ends *ends, int i, int pipe_size)
 {
     int *parent = &ends->parent[i], *child = &ends->child[i];
-    int result = i == 0 ? open_pipe(0, child, parent) : open_pipe(0, parent, child);
+    int result = i == 0 ? open_pipe(O_NONBLOCK, child, parent) : open_pipe(O_NONBLOCK, parent, child);
     if (result == 0 && pipe_size > 0)
         result = (int)sys_fcntl(*parent, F_SETPIPE_SZ, pipe_size);
-    if (result >= 0)
-        result = (int)sys_fcntl(*parent, F_SETFL, O_NONBLOCK);
     ends->source[i] = *child;
     return result;
 }

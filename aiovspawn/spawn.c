@@ -94,6 +94,7 @@ const char *const spawn_step_names[SPAWN_OPS] = {
     [SPAWN_CLOSE_RANGE] = "close file descriptors",
     [SPAWN_SAVE_FD] = "save a file descriptor",
     [SPAWN_STDIO] = "stdio",
+    [SPAWN_BLOCKING] = "blocking stdio",
     [SPAWN_PASS_FD] = "pass_fds",
     [SPAWN_MAP_FD] = "fd_map",
     [SPAWN_NAMESPACES] = "namespaces",
@@ -492,6 +493,8 @@ CHILD long child_step(const struct spawn_child *child, const struct spawn_step *
     case SPAWN_STDIO:
     case SPAWN_MAP_FD:
         return child_move(step->a == SPAWN_SAVED ? *saved : step->a, step->b);
+    case SPAWN_BLOCKING:
+        return sys_fcntl((int)step->a, F_SETFL, 0);
     case SPAWN_PASS_FD:
         return child_inherit((int)step->a);
     case SPAWN_NAMESPACES:

@@ -32,6 +32,7 @@ enum spawn_op {
     SPAWN_CLOSE_RANGE,   /* a: first fd, b: last fd */
     SPAWN_SAVE_FD,     /* a: fd that the next step overwrites, for SPAWN_SAVED */
     SPAWN_STDIO,       /* a: fd or SPAWN_SAVED, b: 0, 1 or 2 */
+    SPAWN_BLOCKING,    /* a: 0, 1 or 2, a pipe of ours */
     SPAWN_PASS_FD,     /* a: fd that the program inherits */
     SPAWN_MAP_FD,      /* a: fd or SPAWN_SAVED, b: its number in the program, >= 3 */
     SPAWN_NAMESPACES,  /* a: CLONE_NEW* flags; those that are not for the clone are the child's step */

@@ -64,7 +64,7 @@ size_t spawn_step_bound(const struct spawn_request *request)
     size_t ours = 3 + 2 + 1 + 1; /* sources, pipes, a file of /proc, a cgroup */
     size_t kept = request->pass_fd_count + request->step_count + ours;
     size_t unsharing = 1 + 1 + 3 + 1;
-    size_t stdio = 3 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
+    size_t stdio = 4 * 3, options = 3 * request->step_count; /* each with what goes before or after it */
     return 4 + unsharing + (kept + 1) + stdio + request->pass_fd_count + options + 2;
 }
 
@@ -203,6 +203,9 @@ static void add_stdio(const struct spawn_request *request, const struct spawn_en
     for (size_t i = 0; (step = next_mapped(request, &i));)
         add_step(child, SPAWN_MAP_FD, step->a, step->b);
     order_moves(child, first);
+    for (int i = 0; i < 3; i++)
+        if (request->stdio[i] == SPAWN_PIPE)
+            add_step(child, SPAWN_BLOCKING, i, 0);
     if (!request->close_fds)
         return;
     for (int i = 0; i < 3; i++)

@@ -33,9 +33,10 @@ static void steps_close_what_is_between_the_kept(void)
         {SPAWN_CLOSE_RANGE, 10, 11, NULL}, {SPAWN_CLOSE_RANGE, 13, 19, NULL},
         {SPAWN_CLOSE_RANGE, 21, 2147483647, NULL},
         {SPAWN_STDIO, 12, 1, NULL},        {SPAWN_STDIO, 20, 2, NULL},
-        {SPAWN_CLOSE_RANGE, 12, 12, NULL}, {SPAWN_PASS_FD, 5, 0, NULL},
-        {SPAWN_PASS_FD, 6, 0, NULL},       {SPAWN_PASS_FD, 9, 0, NULL},
-        {SPAWN_SET_MASK, 0, 0, NULL},      {SPAWN_EXEC, 0, 0, NULL},
+        {SPAWN_BLOCKING, 2, 0, NULL},      {SPAWN_CLOSE_RANGE, 12, 12, NULL},
+        {SPAWN_PASS_FD, 5, 0, NULL},       {SPAWN_PASS_FD, 6, 0, NULL},
+        {SPAWN_PASS_FD, 9, 0, NULL},       {SPAWN_SET_MASK, 0, 0, NULL},
+        {SPAWN_EXEC, 0, 0, NULL},
     };
     CHECK(child.step_count == sizeof expected / sizeof *expected);
     CHECK(child.step_count <= spawn_step_bound(&request));
@@ -119,10 +120,10 @@ static void child_needs_little_stack(void)
 }
 
 /* What the steps of a table do to the numbers below TABLE, each of which holds a file of its
- * own at first. 0 is no file. */
-enum { TABLE = 40, MAPPED = 12 };
+ * own at first. 0 is no file. What comes at PIPES are pipes, and to be made blocking. */
+enum { TABLE = 40, PIPES = TABLE / 2, MAPPED = 12 };
 
-static void follow_steps(const struct spawn_child *child, int table[TABLE])
+static void follow_steps(const struct spawn_child *child, int table[TABLE], bool blocking[TABLE + 1])
 {
     int saved = 0;
     for (size_t i = 0; i < child->step_count; i++) {
@@ -134,13 +135,27 @@ static void follow_steps(const struct spawn_child *child, int table[TABLE])
             saved = table[step->a];
         if (step->op == SPAWN_STDIO || step->op == SPAWN_MAP_FD)
             table[step->b] = step->a == SPAWN_SAVED ? saved : table[step->a];
+        if (step->op == SPAWN_BLOCKING)
+            blocking[table[step->a]] = true;
     }
+}
+
+static int any_stdio(unsigned *seed)
+{
+    int fd = rand_r(seed) % (PIPES + 10);
+    return fd < PIPES ? fd : fd < PIPES + 5 ? SPAWN_INHERIT : SPAWN_PIPE;
+}
+
+static bool is_pipe(const struct spawn_request *request, int fd)
+{
+    return fd >= PIPES && fd < PIPES + 3 && request->stdio[fd - PIPES] == SPAWN_PIPE;
 }
 
 static void try_moves(unsigned *seed)
 {
     static struct spawn_step steps[MAPPED], table_of_steps[512];
     int table[TABLE], count = 0;
+    bool blocking[TABLE + 1] = {false};
     struct spawn_request request = {.close_fds = rand_r(seed) % 2, .steps = steps};
     struct spawn_child child = {.steps = table_of_steps};
     struct spawn_ends ends;
@@ -149,23 +164,26 @@ static void try_moves(unsigned *seed)
     for (int fd = 0; fd < TABLE; fd++)
         table[fd] = fd + 1;
     for (int i = 0; i < 3; i++) {
-        request.stdio[i] = rand_r(seed) % 3 ? rand_r(seed) % (TABLE / 2) : SPAWN_INHERIT;
-        ends.source[i] = request.stdio[i];
+        request.stdio[i] = any_stdio(seed);
+        ends.child[i] = request.stdio[i] == SPAWN_PIPE ? PIPES + i : -1;
+        ends.source[i] = request.stdio[i] == SPAWN_PIPE ? PIPES + i : request.stdio[i];
     }
-    for (int fd = 3; fd < TABLE / 2 && count < MAPPED; fd++)
+    for (int fd = 3; fd < PIPES && count < MAPPED; fd++)
         if (rand_r(seed) % 2)
-            steps[count++] = (struct spawn_step){.op = SPAWN_MAP_FD, .a = rand_r(seed) % (TABLE / 2), .b = fd};
+            steps[count++] = (struct spawn_step){.op = SPAWN_MAP_FD, .a = rand_r(seed) % PIPES, .b = fd};
     request.step_count = (size_t)count;
     spawn_prepare(&request, &ends, SPAWN_DETACHED_CLONE3, false, &child);
     CHECK(child.step_count <= spawn_step_bound(&request));
-    follow_steps(&child, table);
+    follow_steps(&child, table, blocking);
     for (int i = 0; i < 3; i++)
-        CHECK(table[i] == (request.stdio[i] == SPAWN_INHERIT ? i : request.stdio[i]) + 1);
+        CHECK(table[i] == (ends.source[i] == SPAWN_INHERIT ? i : ends.source[i]) + 1);
+    for (int fd = 0; fd < TABLE; fd++)
+        CHECK(blocking[fd + 1] == is_pipe(&request, fd));
     for (int i = 0; i < count; i++)
         CHECK(table[steps[i].b] == steps[i].a + 1);
     CHECK(table[TABLE - 1] == TABLE);
-    for (int fd = 3; fd < TABLE - 1; fd++)
-        CHECK(!request.close_fds || !table[fd] || spawn_is_mapped(&request, fd));
+    for (int fd = 3; fd < TABLE - 1; fd++) /* our pipes are close-on-exec */
+        CHECK(!request.close_fds || !table[fd] || spawn_is_mapped(&request, fd) || is_pipe(&request, fd));
 }
 
 static void moves_of_fds_end_where_they_should(void)
