@@ -175,20 +175,26 @@ static int make_timer(struct hub *hub)
 static int set_timer(struct hub *hub, uint64_t time)
 {
     struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
-    if (timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0)
-        return -errno;
-    hub->timer_at = time;
-    return 0;
+    int result = timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
+    hub->timer_at = result < 0 ? UINT64_MAX : time; /* what has failed is tried again by who is next */
+    return result;
+}
+
+static int need_timer(struct hub *hub)
+{
+    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
+        return -EBADF;
+    return hub->timer_fd < 0 ? make_timer(hub) : 0;
 }
 
 /* Has the timer fire at this time at the latest, for a quiet launch or one that is awaited. */
 static int set_timer_for(struct hub *hub, uint64_t time)
 {
-    if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
-        return -EBADF;
-    int result = hub->timer_fd < 0 ? make_timer(hub) : 0;
+    int result = need_timer(hub);
+    if (result < 0)
+        return result;
     bool is_set = hub->quiet > 0 || hub->awaiting > 0;
-    return result < 0 || (is_set && hub->timer_at <= time) ? result : set_timer(hub, time);
+    return is_set && hub->timer_at <= time ? 0 : set_timer(hub, time);
 }
 
 /* From now on the timer looks at these outputs too. */
@@ -202,19 +208,25 @@ static int begin_quiet_locked(struct launch *launch, unsigned outputs)
     return result;
 }
 
-/* Leaves the output of a one-shot unwatched for now; where that cannot be, or is not worth
- * while, -errno. */
-int hub_watch_later_locked(struct launch *launch)
+/* Makes ready for a one-shot whose output is to be left unwatched at first; -errno where that cannot be or, for
+ * so many launches that are counted here, is not worth while. */
+int hub_admit_quiet_locked(struct hub *hub)
 {
-    struct hub *hub = launch->hub;
     if (hub && hub->bulk > 0) {
         hub->bulk--;
         return -EBUSY;
     }
+    return need_timer(hub);
+}
+
+/* Leaves the outputs of a one-shot that are not watched so for now. When the child runs: to set the timer
+ * can cost more than the clone, where a hypervisor has to do it (20 us, seen with KVM in a virtual machine). */
+int hub_watch_later_locked(struct launch *launch)
+{
     unsigned outputs = 0;
     for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR; slot++)
-        outputs |= launch->ends.parent[slot] >= 0 ? 1U << slot : 0;
-    return begin_quiet_locked(launch, outputs);
+        outputs |= launch->ends.parent[slot] >= 0 && !launch->watched[slot] ? 1U << slot : 0;
+    return outputs ? begin_quiet_locked(launch, outputs) : 0;
 }
 
 /* Of a one-shot each is told once, and watched again when what there was has been read. */

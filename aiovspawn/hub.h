@@ -44,7 +44,7 @@ struct hub_event {
 
 struct hub {
     int epoll_fd; /* -1 when closed */
-    int timer_fd; /* in the epoll set; -1 before it is needed: set_timer_for() */
+    int timer_fd; /* in the epoll set; -1 before it is needed: need_timer() */
     uint64_t timer_at; /* when it was last told to fire; nanoseconds, CLOCK_MONOTONIC */
     size_t quiet; /* launches that have outputs which are not watched */
     unsigned bulk; /* so many launches to come are not to be quiet */
@@ -73,6 +73,7 @@ uint64_t hub_now(void);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);
 int hub_watch_pidfd_locked(struct launch *launch);
+int hub_admit_quiet_locked(struct hub *hub);
 int hub_watch_later_locked(struct launch *launch);
 bool hub_can_await_locked(const struct hub *hub);
 int hub_await_exec_locked(struct launch *launch);

@@ -494,6 +494,15 @@ void launch_free(struct launch *launch)
 
 /* ---- starting ------------------------------------------------------------------- */
 
+static int watch_outputs_locked(struct launch *launch)
+{
+    int result = 0;
+    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
+        if (launch->ends.parent[slot] >= 0)
+            result = hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch));
+    return result;
+}
+
 /* Where nobody waits for the exec, the status pipe is looked at when the child has exited or
  * the hub is swept; where there is none, see hub_await_exec_locked(). */
 static int watch_ends_locked(struct launch *launch)
@@ -503,12 +512,9 @@ static int watch_ends_locked(struct launch *launch)
     if (result == 0 && launch->ends.parent[0] >= 0 && !launch->one_shot)
         result = hub_watch_locked(launch, LAUNCH_STDIN, EPOLLERR);
     bool outputs = launch->ends.parent[1] >= 0 || launch->ends.parent[2] >= 0;
-    if (outputs && launch->one_shot && result == 0 && hub_watch_later_locked(launch) == 0)
+    if (outputs && launch->one_shot && result == 0 && hub_admit_quiet_locked(launch->hub) == 0)
         return 0;
-    for (int slot = LAUNCH_STDOUT; slot <= LAUNCH_STDERR && result == 0; slot++)
-        if (launch->ends.parent[slot] >= 0)
-            result = hub_watch_locked(launch, (enum launch_slot)slot, hub_output_events(launch));
-    return result;
+    return result < 0 ? result : watch_outputs_locked(launch);
 }
 
 /* The mutex is held on entry and on return. */
@@ -683,6 +689,8 @@ static int watch_child_locked(struct launch *launch)
 {
     (void)launch_left_memory_locked(launch);
     int result = hub_watch_pidfd_locked(launch);
+    if (result == 0 && launch->one_shot && hub_watch_later_locked(launch) < 0)
+        result = watch_outputs_locked(launch);
     /* Also of a one-shot: the shared table's ends are to be closed. That our memory can be shown again
      * has time: its exit tells, or a sweep or a later launch finds it. */
     if (result == 0 && launch->shares_fds)
