@@ -163,7 +163,7 @@ def _with_parameters_of(
 
 
 @_with_parameters_of(plan)
-async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
+async def run_process(args: Any, *, capture_output: Any = False, **keywords: Any) -> CompletedProcess:
     """Run a program on the running loop and return what came of it; as subprocess.run().
 
     args: a sequence of str, bytes or path-like, or one of them; with shell, the
@@ -196,10 +196,12 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
     launch: Any = None
     begun: Begun | None = None
     output = steps = None
+    if capture_output is True:
+        output = PIPE
+    elif capture_output is not False:
+        keywords["capture_output"] = capture_output
     if not keywords:
         steps = ladder.default_steps
-    elif keywords == CAPTURE:
-        output, steps = PIPE, ladder.default_steps
     elif ladder.way == "core":
         steps = ladder.plain_steps(keywords)  # those of Options, and of them alone
     if steps and ladder.way == "core":
@@ -212,6 +214,8 @@ async def run_process(args: Any, **keywords: Any) -> CompletedProcess:
             except OSError as exc:
                 raise ladder.plain_failure(args, output, output, steps, exc) from None
     if launch is None:
+        if output is not None:
+            keywords["capture_output"] = True
         begun = _begin(loop, args, keywords, hub is not None)
         if begun.hub is None:
             return await _delegate(args, begun.to_do, begun.stdio, keywords)
