@@ -142,7 +142,34 @@ def plan(
 PLAIN = Plan()
 """That of a call without keywords of run_process() itself, or with CAPTURE."""
 CAPTURE = {"capture_output": True}
+TEXT = ("text", "encoding", "errors", "universal_newlines")
+IMMUTABLE = (bool, int, float, str, type(None))
+"""What keywords may be that can be told by their identity."""
 OWN = frozenset(inspect.signature(plan).parameters) - {"args", "kwds"}
+
+
+_latest_plan: tuple[tuple[str, ...], tuple[Any, ...], Plan] | None = None
+"""Names and values of the keywords, and what they meant."""
+
+
+def _remembered_plan(own: dict[str, Any]) -> Plan | None:
+    """What the keywords mean, if the latest call had the same: those of one place in a program are."""
+    latest = _latest_plan  # once: another thread may change it
+    if latest is None:
+        return None
+    names, values, to_do = latest
+    if not ladder.core.has_items(own, names, values):
+        return None
+    if to_do.codec is not None and to_do.codec != _text_mode(*map(own.get, TEXT)):
+        return None  # the locale has changed
+    return to_do
+
+
+def _remember_plan(own: dict[str, Any], to_do: Plan) -> None:
+    global _latest_plan
+    is_for_all = to_do.input is None and all(type(value) in IMMUTABLE for value in own.values())
+    if is_for_all and ladder.core is not None:
+        _latest_plan = tuple(own), tuple(own.values()), to_do
 
 
 def _with_parameters_of(
@@ -289,7 +316,11 @@ def _begin(loop: asyncio.AbstractEventLoop, args: Any, keywords: dict[str, Any],
         stdout = stderr = PIPE
         keywords.clear()
     elif not OWN.isdisjoint(keywords):
-        to_do = plan(args, **{name: keywords.pop(name) for name in OWN.intersection(keywords)})
+        own = {name: keywords.pop(name) for name in tuple(keywords) if name in OWN}
+        remembered = _remembered_plan(own)
+        to_do = remembered or plan(args, **own)
+        if remembered is None:
+            _remember_plan(own, to_do)
         stdin, stdout, stderr = to_do.stdio
         if to_do.limits.kill_group:
             lead_group(keywords)

@@ -9,6 +9,7 @@ import decimal
 import functools
 import gc
 import inspect
+import locale
 import os
 import pickle
 import random
@@ -138,7 +139,33 @@ SAME = {
 @pytest.mark.parametrize("name", SAME)
 def test_same_as_subprocess_run(rung: str, name: str) -> None:
     args, keywords = SAME[name]
-    assert outcome(run, args, keywords) == outcome(subprocess.run, args, keywords)
+    expected = outcome(subprocess.run, args, keywords)
+    assert outcome(run, args, keywords) == expected
+    assert outcome(run, args, keywords) == expected  # what the keywords mean has been remembered
+
+
+def test_remembered_text_is_in_the_locale_of_now() -> None:
+    command, text = ["printf", "%b", b"\xc3\xa4"], {"stdout": PIPE, "text": True, "errors": "replace"}
+    before = locale.setlocale(locale.LC_CTYPE)
+    try:
+        for name in ("C.UTF-8", "C", "C.UTF-8"):
+            locale.setlocale(locale.LC_CTYPE, name)
+            for _ in range(2):
+                assert outcome(run, command, text) == outcome(subprocess.run, command, text)
+    finally:
+        locale.setlocale(locale.LC_CTYPE, before)
+
+
+async def test_keywords_that_differ_a_little_are_not_taken_for_one_another() -> None:
+    command = ["sh", "-c", "echo a; exit 3"]
+    for _ in range(2):
+        for text in (True, False, True):
+            assert (await run_process(command, text=text, stdout=PIPE)).stdout == ("a\n" if text else b"a\n")
+        with pytest.raises(subprocess.CalledProcessError):
+            await run_process(command, check=True)
+        assert (await run_process(command, check=False)).returncode == 3
+        assert (await run_process(command, capture_output=True, text=True)).stderr == ""
+        assert (await run_process(command, stdout=PIPE, text=True)).stderr is None
 
 
 @pytest.mark.parametrize("name", SAME)
