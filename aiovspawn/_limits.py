@@ -31,7 +31,7 @@ DEFAULT = Limits()
 def check_seconds(name: str, value: float) -> float:
     """Reject what a loop could not add to its time, before there is a process."""
     try:
-        return value + 0.0
+        return float(value + 0.0)
     except TypeError:
         raise TypeError(f"{name} must be a number of seconds, not {value!r}") from None
 

@@ -154,9 +154,10 @@ class OneShot(Attempts):
     def expire_after(self, timeout: float) -> None:
         """End the process when so many seconds have passed."""
         if not self.over:
-            self._call_later("expire", timeout, self._expire)
+            self._call_later("expire", timeout, self.expire)
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """End the process: its time is up."""
         self.expired = True
         self.kill()
 

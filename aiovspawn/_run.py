@@ -134,7 +134,7 @@ def plan(
     limits = DEFAULT
     if output_limit is not None or terminate_grace or kill_group or drain_timeout is not None:
         limits = _limits(output_limit, on_output_limit, terminate_grace, kill_group, drain_timeout)
-    has_default_end = limits is DEFAULT and timeout is None and stdin is None
+    has_default_end = limits is DEFAULT and (stdin is None or (type(stdin) is int and stdin != PIPE))
     stdio = stdin, stdout, stderr
     return Plan(stdio, codec, input, timeout, check, output_limit, limits, shell, has_default_end)
 
@@ -249,8 +249,11 @@ async def run_process(args: Any, *, capture_output: Any = False, **keywords: Any
         launch = begun.launch
     try:
         if launch is not None:
-            await launch.end_waiter(loop)
-            outcome = launch.outcome()
+            if begun is None or begun.to_do.timeout is None:
+                await launch.end_waiter(loop)
+                outcome = launch.outcome()
+            else:
+                outcome = await begun.outcome_in_time(loop, args, begun.to_do.timeout)
             if outcome is not None:
                 # Not by __init__(), nor in C: each is 2,000 instructions more.
                 completed: CompletedProcess = ladder.core.new_object(CompletedProcess)
@@ -266,8 +269,9 @@ async def run_process(args: Any, *, capture_output: Any = False, **keywords: Any
                 return completed if begun is None else _checked(completed, begun.to_do)
         begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
         ended = begun.taken_over(loop, args)
-        if begun.to_do.timeout is not None:
-            ended.expire_after(begun.to_do.timeout)
+        timeout = begun.to_do.timeout
+        if timeout is not None and not ended.expired:
+            ended.expire_after(timeout if begun.deadline is None else begun.deadline - loop.time())
         await ended
     except BaseException as exc:
         begun = begun or Begun(hub, PLAIN, (None, output, output), launch, steps)
@@ -294,6 +298,30 @@ class Begun:
     """None: it is of these stdio and steps, and no more."""
     ended: Any = None
     begin: float = 0.0
+    deadline: float | None = None
+    """Of a launch that is awaited, by the loop's clock."""
+
+    async def outcome_in_time(self, loop: asyncio.AbstractEventLoop, args: Any, timeout: float) -> Any:
+        """Wait for the end of the launch, for so many seconds, and return its outcome.
+
+        None: it has been taken over, and is being ended, or somebody is to take it over.
+        """
+        waiter = self.launch.end_waiter(loop)
+        self.deadline = loop.time() + timeout
+        timer = loop.call_later(timeout, self._expire, loop, args, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+        return self.launch.outcome() if self.ended is None else None
+
+    def _expire(self, loop: asyncio.AbstractEventLoop, args: Any, waiter: Any) -> None:
+        try:
+            ended = self.taken_over(loop, args)
+            if not ended.over:
+                ended.expire()
+        finally:
+            waiter.finish(False, None)
 
     def taken_over(self, loop: asyncio.AbstractEventLoop, args: Any) -> Any:
         """The OneShot, which the launch gets now if it has none."""
@@ -326,7 +354,8 @@ def _begin(loop: asyncio.AbstractEventLoop, args: Any, keywords: dict[str, Any],
             lead_group(keywords)
     stdio = stdin, stdout, stderr
     steps = None
-    if ladder.way == "core" and not is_not_plain and to_do.has_default_end and not to_do.shell:
+    is_plain = to_do.has_default_end and stdin is None and not to_do.shell
+    if ladder.way == "core" and not is_not_plain and is_plain:
         steps = ladder.plain_steps(keywords)
     hub = ladder.hub_of(loop) if steps else None
     if hub is None:

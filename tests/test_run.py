@@ -18,6 +18,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import unittest
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -71,6 +72,10 @@ def test_cpythons_own_tests_of_run(name: str, monkeypatch: pytest.MonkeyPatch) -
     assert not result.errors and not result.failures, result
 
 
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+
+
 def outcome(call: Callable[..., subprocess.CompletedProcess[Any]], args: Any, keywords: Any) -> object:
     """What a call returns or raises, as far as it can be compared."""
     try:
@@ -108,6 +113,8 @@ SAME = {
     "bytes for str": (CAT, {"input": b"abc", "stdout": PIPE, "text": True}),
     "stdin is a pipe": (CAT, {"stdin": PIPE, "stdout": PIPE}),
     "input and stdin": (CAT, {"input": b"", "stdin": DEVNULL}),
+    "stdin is devnull": (CAT, {"stdin": DEVNULL, "stdout": PIPE}),
+    "stdin is our own": (["true"], {"stdin": 0, "stdout": PIPE}),
     "capture and stdout": (CAT, {"capture_output": True, "stdout": PIPE}),
     "text": (CAT, {"input": "ä\r\nb", "text": True, "stdout": PIPE}),
     "newlines": (["printf", "%b", NEWLINES], {"stdout": PIPE, "text": True}),
@@ -369,6 +376,20 @@ async def test_truncated_text_has_no_half_character() -> None:
 async def test_bad_limits(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         await run_process(["true"], **keywords)
+
+
+async def test_process_is_killed_in_the_turn_in_which_its_time_is_up() -> None:
+    task = asyncio.create_task(run_process(["sleep", "1000"], timeout=0))
+    for _ in range(3):  # it is launched, and the timer fires
+        await asyncio.sleep(0)
+    # Without a turn of the loop: it would wait for ever if nobody had killed it.
+    killer = threading.Timer(20, os.kill, (child := int(children()[0]), signal.SIGTERM))
+    killer.start()
+    ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    killer.cancel()
+    assert ended is not None and ended.si_status == signal.SIGKILL
+    with pytest.raises(subprocess.TimeoutExpired):
+        await task
 
 
 @pytest.mark.parametrize("timeout", [0, -1])
