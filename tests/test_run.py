@@ -703,7 +703,7 @@ async def test_output_after_the_kill_is_waited_for_as_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["timeout", "terminate_grace", "drain_timeout"])
-@pytest.mark.parametrize("value", ["5", decimal.Decimal(5)])
+@pytest.mark.parametrize("value", ["5", decimal.Decimal(5), 1j])
 async def test_what_is_no_number_of_seconds_starts_nothing(name: str, value: Any) -> None:
     before = _core.counts()["rungs"]
     with pytest.raises(TypeError, match=name):
