@@ -140,8 +140,7 @@ def plan(
 
 
 PLAIN = Plan()
-"""That of a call without keywords of run_process() itself, or with CAPTURE."""
-CAPTURE = {"capture_output": True}
+"""That of a call without keywords of run_process() itself, but for capture_output."""
 TEXT = ("text", "encoding", "errors", "universal_newlines")
 IMMUTABLE = (bool, int, float, str, type(None))
 """What keywords may be that can be told by their identity."""
@@ -340,14 +339,11 @@ def _begin(loop: asyncio.AbstractEventLoop, args: Any, keywords: dict[str, Any],
     """
     to_do = PLAIN
     stdin = stdout = stderr = None
-    if keywords == CAPTURE:
-        stdout = stderr = PIPE
-        keywords.clear()
-    elif not OWN.isdisjoint(keywords):
+    if not OWN.isdisjoint(keywords):
         own = {name: keywords.pop(name) for name in tuple(keywords) if name in OWN}
-        remembered = _remembered_plan(own)
-        to_do = remembered or plan(args, **own)
-        if remembered is None:
+        known = _remembered_plan(own)
+        to_do = known or plan(args, **own)
+        if known is None:
             _remember_plan(own, to_do)
         stdin, stdout, stderr = to_do.stdio
         if to_do.limits.kill_group:

@@ -104,8 +104,8 @@ static int open_pipe(int flags, int *ret_read, int *ret_write)
     return 0;
 }
 
-/* The two ends are open file descriptions of their own, both born non-blocking: the child clears that of its
- * one (SPAWN_BLOCKING) or opens it anew, at a time for which a loop does not wait. */
+/* The two ends are open file descriptions of their own, both born non-blocking. The child clears that of its
+ * one (SPAWN_BLOCKING), or opens it anew: a detached one does so beside the parent, not in its time. */
 static int open_stdio_pipe(struct spawn_ends *ends, int i, int pipe_size)
 {
     int *parent = &ends->parent[i], *child = &ends->child[i];

@@ -70,7 +70,7 @@ class Footprint:
         counts = _core.counts()
         return cls(
             fds=_open_fds(),
-            children=_children(),
+            children=children(),
             threads=_threads(),
             masks=_masks(),
             dispositions=[signal.getsignal(number) for number in signal.valid_signals()],
@@ -97,13 +97,13 @@ def _threads() -> set[str]:
     return set(os.listdir("/proc/self/task"))
 
 
-def _children() -> set[str]:
+def children() -> set[str]:
     """Children of all threads, dead or alive."""
-    children: set[str] = set()
+    found: set[str] = set()
     for task in _threads():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has gone since
-            children.update(Path(f"/proc/self/task/{task}/children").read_text().split())
-    return children
+            found.update(Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
 
 
 def _masks() -> dict[str, str]:

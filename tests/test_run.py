@@ -27,7 +27,7 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import HERE, LOOP_FACTORIES, SHARED, on_loop, open_pipes
+from conftest import HERE, LOOP_FACTORIES, SHARED, children, on_loop, open_pipes
 
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, _hub, run_process
@@ -70,10 +70,6 @@ def test_cpythons_own_tests_of_run(name: str, monkeypatch: pytest.MonkeyPatch) -
     suite.RunFuncTestCase(name).run(result)
     assert result.testsRun or result.skipped
     assert not result.errors and not result.failures, result
-
-
-def children() -> list[str]:
-    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
 
 
 def outcome(call: Callable[..., subprocess.CompletedProcess[Any]], args: Any, keywords: Any) -> object:
@@ -382,8 +378,9 @@ async def test_process_is_killed_in_the_turn_in_which_its_time_is_up() -> None:
     task = asyncio.create_task(run_process(["sleep", "1000"], timeout=0))
     for _ in range(3):  # it is launched, and the timer fires
         await asyncio.sleep(0)
+    (child,) = map(int, children())
     # Without a turn of the loop: it would wait for ever if nobody had killed it.
-    killer = threading.Timer(20, os.kill, (child := int(children()[0]), signal.SIGTERM))
+    killer = threading.Timer(20, os.kill, (child, signal.SIGTERM))
     killer.start()
     ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     killer.cancel()
