@@ -727,6 +727,7 @@ static PyObject *core_new_object(PyObject *module, PyObject *type)
 
 static PyMethodDef core_methods[] = {
     {"new_object", core_new_object, METH_O, NULL},
+    {"new_deferred", (PyCFunction)(void (*)(void))deferred_new, METH_FASTCALL, NULL},
     {"latest_hub", (PyCFunction)(void (*)(void))core_latest_hub, METH_FASTCALL, NULL},
     {"rung", core_rung, METH_NOARGS, NULL},
     {"force_rung", core_force_rung, METH_O, NULL},
@@ -832,7 +833,7 @@ static int core_exec(PyObject *module)
         core_add_type(module, &launch_spec, &state->launch_type) < 0 ||
         core_add_type(module, &Hub_spec, &state->hub_type) < 0 ||
         core_add_type(module, &waiter_spec, &state->waiter_type) < 0 ||
-        core_add_type(module, &deferred_spec, NULL) < 0 ||
+        core_add_type(module, &deferred_spec, &state->deferred_type) < 0 ||
         scheduling_init(&state->scheduling, module) < 0 || waking_init(&state->waking) < 0 ||
         eager_tasks_init(&state->eager_tasks, module, state->waking.task_type) < 0)
         return -1;
@@ -847,6 +848,7 @@ static int core_traverse(PyObject *module, visitproc visit, void *arg)
     core_state *state = PyModule_GetState(module);
     Py_VISIT(state->hub_type);
     Py_VISIT(state->launch_type);
+    Py_VISIT(state->deferred_type);
     Py_VISIT(state->waiter_type);
     int result = waking_traverse(&state->waking, visit, arg);
     result = result ? result : scheduling_traverse(&state->scheduling, visit, arg);
@@ -858,6 +860,7 @@ static int core_clear(PyObject *module)
     core_state *state = PyModule_GetState(module);
     Py_CLEAR(state->hub_type);
     Py_CLEAR(state->launch_type);
+    Py_CLEAR(state->deferred_type);
     Py_CLEAR(state->waiter_type);
     Py_CLEAR(state->extend);
     Py_CLEAR(state->nothing);

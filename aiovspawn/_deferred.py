@@ -19,10 +19,10 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._attempts import launch_awaited, launch_plain
-from ._hub import ENDED, EXECED, FINISHED, LoopHub, hub_of
+from ._attempts import launch_awaited, plain_failure
+from ._hub import ENDED, FINISHED, LoopHub, hub_of, latest
 from ._request import Plain, Request, plain_request, request_of
-from ._steps import plain_steps
+from ._steps import DEFAULT_STEPS, plain_steps
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
 
 if TYPE_CHECKING:
@@ -57,19 +57,26 @@ class Deferred(_core.DeferredLaunch):
         Raises as subprocess does if it does not run. Cancelled, it kills the child and waits
         until that is reaped.
         """
-        launch = self.launch
         try:
-            await launch.waiter(self._loop, EXECED)
-            if launch.stage:
-                return self
-            transport, protocol = self.open()  # it has failed, but may be tried again
-        except GeneratorExit:
+            await self.launch.exec_waiter(self._loop)
+        except BaseException as exc:
+            await self.undo(exc)
+            raise
+        return self if self.launch.stage() else await self.started_again()
+
+    # What started() does, by those for whom one coroutine more is too dear:
+
+    async def undo(self, exc: BaseException) -> None:
+        """Leave nothing of a launch whose exec was waited for, until that raised this."""
+        if isinstance(exc, GeneratorExit):
             self.forget()  # closed, not cancelled: there may be no loop to wait on
-            raise
-        except BaseException:
-            transport, protocol = self.open()
+        else:
+            transport, _ = self.open()
             await transport.undo()
-            raise
+
+    async def started_again(self) -> Streams:
+        """Go on with a launch that has failed, but may be tried again."""
+        transport, protocol = self.open()
         return await until_it_runs(transport, protocol)
 
     async def communicate(self) -> tuple[bytes | None, bytes | None] | None:
@@ -148,7 +155,7 @@ class Deferred(_core.DeferredLaunch):
             return
         # Not now: other finalizers of the same cycle may still open them, or keep the process. If the
         # loop is closed first, there is this again.
-        again = Deferred(self._hub, loop, self._limit, self._request, self.launch)
+        again = _core.new_deferred(Deferred, self._hub, loop, self._limit, self._request, self.launch)
         again.protocol, again._readers = self.protocol, self._readers
         is_other_thread = loop.is_running() and asyncio._get_running_loop() is not loop
         call = loop.call_soon_threadsafe if is_other_thread else loop.call_soon
@@ -167,29 +174,36 @@ def launch_deferred(
     limit: int,
     args: Any,
     shell: bool,
-    stdio: tuple[Any, Any, Any],
+    stdin: Any,
+    stdout: Any,
+    stderr: Any,
     keywords: dict[str, Any],
 ) -> Deferred | None:
     """Launch with plain_steps(), by the core, what can be deferred; None: nothing has been done.
 
     hub: None for that of the loop.
     """
-    stdin, stdout, stderr = stdio
-    steps = plain_steps(keywords)
+    steps = plain_steps(keywords) if keywords else DEFAULT_STEPS
     if steps is None or not (stdin is None or (type(stdin) is int and stdin != PIPE)):
         return None
-    hub = hub or hub_of(loop)
+    hub = hub or _core.latest_hub(latest.pair, loop) or hub_of(loop)
     if hub is None or not (type(limit) is int and 0 < limit <= LIMIT_MAX) or loop.get_debug():
         return None
     request: Request | Plain
     started = None
     if stdin is None and not shell:
-        started = launch_plain(hub, args, stdout, stderr, steps, 2 * limit, True)
+        # As launch_plain() does it:
+        if not hub.sweeping:
+            hub.await_verdict()
+        try:
+            started = hub.core.launch_plain(hub.transports, args, stdout, stderr, steps, 2 * limit, True)
+        except OSError as exc:
+            raise plain_failure(args, stdout, stderr, steps, exc) from None
         request = args, stdout, stderr, steps
     if started is None:
         request = plain_request(args, shell, stdin, stdout, stderr, steps)
         started = launch_awaited(hub, request, 2 * limit, True)
-    return Deferred(hub, loop, limit, request, started)
+    return _core.new_deferred(Deferred, hub, loop, limit, request, started)
 
 
 async def start_deferred(
@@ -212,4 +226,4 @@ async def start_deferred(
         protocol = factory()
         return await until_it_runs(SubprocessTransport(hub, loop, protocol, request), protocol)
     started = launch_awaited(hub, request, 2 * limit, True)
-    return await Deferred(hub, loop, limit, request, started).started()
+    return await _core.new_deferred(Deferred, hub, loop, limit, request, started).started()

@@ -129,8 +129,8 @@ class DeferredTransport(_Unasked, SubprocessTransport):
 
     def get_returncode(self) -> int | None:
         launch = self._launch
-        returncode = launch.returncode
-        if returncode is None and (launch.stage >= EXITED or not isinstance(self, DeferredTransport)):
+        returncode = launch.returncode()
+        if returncode is None and (launch.stage() >= EXITED or not isinstance(self, DeferredTransport)):
             return opened(self).get_returncode()  # the status has been lost
         return returncode
 
@@ -149,7 +149,7 @@ class DeferredTransport(_Unasked, SubprocessTransport):
     async def _wait(self) -> int:
         launch = self._launch
         await launch.exit_waiter(self._loop)
-        returncode = launch.returncode
+        returncode = launch.returncode()
         return await opened(self)._wait() if returncode is None else returncode
 
 
@@ -295,19 +295,27 @@ def start_streams(
     """start_subprocess(), whose streams are opened now only where that is needed."""
     protocol = protocol_factory()
     if type(protocol) is SubprocessStreamProtocol and not by_popen:
-        stdio = keywords.pop("stdin", PIPE), keywords.pop("stdout", PIPE), keywords.pop("stderr", PIPE)
+        stdin, stdout, stderr = (
+            keywords.pop("stdin", PIPE),
+            keywords.pop("stdout", PIPE),
+            keywords.pop("stderr", PIPE),
+        )
         limit = protocol._limit  # type: ignore[attr-defined]  # unknown to typeshed
-        deferred = launch_deferred(hub, loop, limit, args, shell, stdio, keywords)
+        deferred = launch_deferred(hub, loop, limit, args, shell, stdin, stdout, stderr, keywords)
         if deferred is not None:
             return _until_it_runs(deferred, protocol)
-        keywords["stdin"], keywords["stdout"], keywords["stderr"] = stdio
+        keywords["stdin"], keywords["stdout"], keywords["stderr"] = stdin, stdout, stderr
     return start_subprocess(hub, loop, lambda: protocol, args, by_popen, shell, keywords)
 
 
 async def _until_it_runs(deferred: Deferred, protocol: SubprocessStreamProtocol) -> Streams:
     deferred.protocol = protocol
-    started = await deferred.started()
+    try:
+        await deferred.launch.exec_waiter(deferred._loop)
+    except BaseException as exc:
+        await deferred.undo(exc)
+        raise
+    if not deferred.launch.stage():
+        return await deferred.started_again()
     deferred.protocol = None
-    if isinstance(started, Deferred):
-        return DeferredTransport.of(deferred, protocol), protocol
-    return started
+    return DeferredTransport.of(deferred, protocol), protocol

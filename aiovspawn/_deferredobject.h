@@ -9,4 +9,6 @@
 
 extern PyType_Spec deferred_spec;
 
+PyObject *deferred_new(PyObject *module, PyObject *const *args, Py_ssize_t count);
+
 #endif

@@ -314,8 +314,8 @@ static PyObject *Launch_get_begun(LaunchObject *self, void *Py_UNUSED(closure))
     return PyFloat_FromDouble(self->begun);
 }
 
-/* The kind of the last event that has come: 0, or one of EXECED, EXITED, FINISHED. */
-static PyObject *Launch_get_stage(LaunchObject *self, void *Py_UNUSED(closure))
+/* stage() -> the kind of the last event that has come: 0, or one of EXECED, EXITED, FINISHED. */
+static PyObject *Launch_stage(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
     return PyLong_FromLong(self->stage);
 }
@@ -389,6 +389,12 @@ static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssi
     return waiter_for(self, args[0], (int)stage);
 }
 
+/* exec_waiter(loop): after which there is a stage, or somebody is to take over. */
+static PyObject *Launch_exec_waiter(LaunchObject *self, PyObject *loop)
+{
+    return waiter_for(self, loop, HUB_EXECED);
+}
+
 /* exit_waiter(loop): after which there is a returncode, or somebody to take over. */
 static PyObject *Launch_exit_waiter(LaunchObject *self, PyObject *loop)
 {
@@ -401,8 +407,8 @@ static PyObject *Launch_end_waiter(LaunchObject *self, PyObject *loop)
     return waiter_for(self, loop, ONESHOT_FINISHED);
 }
 
-/* The returncode, where the exit has come and told it; else None. */
-static PyObject *Launch_get_returncode(LaunchObject *self, void *Py_UNUSED(closure))
+/* returncode() -> the returncode, where the exit has come and told it; else None. */
+static PyObject *Launch_returncode(LaunchObject *self, PyObject *Py_UNUSED(unused))
 {
     if (self->stage < (int)HUB_EXITED || self->launch->status_lost)
         Py_RETURN_NONE;
@@ -615,8 +621,11 @@ static PyMethodDef Launch_methods[] = {
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
     {"waiter", (PyCFunction)(void (*)(void))Launch_waiter, METH_FASTCALL, NULL},
+    {"exec_waiter", (PyCFunction)Launch_exec_waiter, METH_O, NULL},
     {"exit_waiter", (PyCFunction)Launch_exit_waiter, METH_O, NULL},
     {"end_waiter", (PyCFunction)Launch_end_waiter, METH_O, NULL},
+    {"stage", (PyCFunction)Launch_stage, METH_NOARGS, NULL},
+    {"returncode", (PyCFunction)Launch_returncode, METH_NOARGS, NULL},
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
@@ -625,6 +634,7 @@ static PyMethodDef Launch_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
+/* What is asked of each launch is a method: the interpreter calls it with less ado than a getter. */
 static PyGetSetDef Launch_getset[] = {
     {"id", (getter)Launch_get_id, NULL, NULL, NULL},
     {"pid", (getter)Launch_get_pid, NULL, NULL, NULL},
@@ -634,8 +644,6 @@ static PyGetSetDef Launch_getset[] = {
     {"rung", (getter)Launch_get_rung, NULL, NULL, NULL},
     {"arguments", (getter)Launch_get_arguments, NULL, NULL, NULL},
     {"begun", (getter)Launch_get_begun, NULL, NULL, NULL},
-    {"returncode", (getter)Launch_get_returncode, NULL, NULL, NULL},
-    {"stage", (getter)Launch_get_stage, NULL, NULL, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -15,6 +15,7 @@
 typedef struct {
     PyTypeObject *hub_type;
     PyTypeObject *launch_type;
+    PyTypeObject *deferred_type;
     PyTypeObject *waiter_type;
     PyObject *extend;  /* the name of deque's method */
     PyObject *nothing; /* () */

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LIMIT = 2**16
 """Bytes a StreamReader buffers before it pauses reading: asyncio's default."""
 
-OF_STREAMS = frozenset(("_transport", "_protocol", "stdin", "stdout", "stderr"))
+OF_STREAMS = ("_transport", "_protocol", "stdin", "stdout", "stderr")
 """Attributes of asyncio.subprocess.Process that need the streams."""
 
 USAGE = struct.Struct("18l")
@@ -49,6 +49,24 @@ class StreamsFactory:
 
     def __call__(self) -> SubprocessStreamProtocol:
         return SubprocessStreamProtocol(limit=self.limit, loop=self.loop)
+
+
+class _OfStreams:
+    """An attribute that a Process gets when it is first asked for, with the streams.
+
+    Not by __getattr__(): where a class has that, the interpreter looks up every attribute at length.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, process: Process | None, owner: type) -> Any:
+        if process is None or process._deferred is None:
+            raise AttributeError(
+                f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name, obj=process
+            )
+        process._open_streams()
+        return getattr(process, self._name)
 
 
 class Process(asyncio.subprocess.Process):
@@ -81,22 +99,18 @@ class Process(asyncio.subprocess.Process):
 
     @classmethod
     def _without_streams(cls, deferred: Deferred, loop: asyncio.AbstractEventLoop) -> Process:
-        self = cls.__new__(cls)
+        self: Process = ladder.core.new_object(cls)
         self._deferred = deferred
         self._loop = loop
         self.pid = deferred.launch.pid
         return self
 
-    def __getattr__(self, name: str) -> Any:
+    def _open_streams(self) -> None:
         deferred = self._deferred
-        if deferred is None or name not in OF_STREAMS:
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
-            )
+        assert deferred is not None
         transport, protocol = deferred.open()
         self._deferred = None
         super().__init__(transport, protocol, self._loop)
-        return getattr(self, name)
 
     @property
     def returncode(self) -> int | None:
@@ -183,7 +197,7 @@ class Process(asyncio.subprocess.Process):
         if deferred is not None:
             launch = deferred.launch
             await launch.exit_waiter(self._loop)
-            returncode = launch.returncode
+            returncode = launch.returncode()
             if returncode is not None:
                 return returncode
         return await super().wait()
@@ -210,6 +224,10 @@ class Process(asyncio.subprocess.Process):
         if pipe is not None:
             pipe.close()
         return output
+
+
+for _name in OF_STREAMS:
+    setattr(Process, _name, _OfStreams(_name))
 
 
 def _process_of(started: Any, loop: asyncio.AbstractEventLoop) -> Process:
@@ -247,13 +265,18 @@ async def create_subprocess_exec(
     """
     loop = asyncio.get_running_loop()
     if ladder.way == "core":
-        stdio = stdin, stdout, stderr
-        deferred = ladder.launch_deferred(None, loop, limit, (program, *args), False, stdio, kwds)
+        deferred = ladder.launch_deferred(
+            None, loop, limit, (program, *args), False, stdin, stdout, stderr, kwds
+        )
         if deferred is not None:
-            started = await deferred.started()
-            if started is deferred:
+            try:
+                await deferred.launch.exec_waiter(loop)
+            except BaseException as exc:
+                await deferred.undo(exc)
+                raise
+            if deferred.launch.stage():
                 return Process._without_streams(deferred, loop)
-            return _process_of(started, loop)
+            return _process_of(await deferred.started_again(), loop)
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     factory = StreamsFactory(limit, loop)
     started = await subprocess_exec(
@@ -277,12 +300,9 @@ async def create_subprocess_shell(
     """
     loop = asyncio.get_running_loop()
     if ladder.way == "core" and isinstance(cmd, (str, bytes)):
-        deferred = ladder.launch_deferred(None, loop, limit, cmd, True, (stdin, stdout, stderr), kwds)
+        deferred = ladder.launch_deferred(None, loop, limit, cmd, True, stdin, stdout, stderr, kwds)
         if deferred is not None:
-            started = await deferred.started()
-            if started is deferred:
-                return Process._without_streams(deferred, loop)
-            return _process_of(started, loop)
+            return _process_of(await deferred.started(), loop)
     kwds["stdin"], kwds["stdout"], kwds["stderr"] = stdin, stdout, stderr
     factory = StreamsFactory(limit, loop)
     started = await subprocess_shell(loop, loop.subprocess_shell, factory, cmd, kwds, ladder.start_deferred)

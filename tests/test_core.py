@@ -456,10 +456,11 @@ def awaited(hub: _core.Hub) -> None:
     with pytest.raises(TypeError):
         first.add_done_callback(woken.append, context=contextvars.copy_context())
     assert child.outcome() is None
-    assert child.returncode is None
+    assert child.returncode() is None
     child.on_event(3, 0)  # the exec
     assert not earlier
-    assert child.waiter(hub, 3).done()
+    assert child.stage() == 3
+    assert child.exec_waiter(hub).done()  # type: ignore[arg-type]
     for _, kind, value in finish(hub):
         child.on_event(kind, value)
     assert woken == [first]
@@ -468,7 +469,7 @@ def awaited(hub: _core.Hub) -> None:
     assert first.result() is None
     assert first.cancel() is False
     assert list(iter(first.__next__, child)) == []
-    assert child.returncode == 0
+    assert child.returncode() == 0
     outcome = child.outcome()
     assert outcome is not None
     assert outcome[:4] == (0, child.pid, b"x\n", b"")
@@ -798,7 +799,7 @@ def deferred(hub: _core.Hub) -> None:
                 raise self.protocol
 
     def make() -> Deferred:
-        return Deferred(hub, hub, 1, (), finished(hub, b"/bin/true"))  # type: ignore[arg-type]
+        return _core.new_deferred(Deferred, hub, hub, 1, (), finished(hub, b"/bin/true"))  # type: ignore[arg-type]
 
     one = make()
     assert (one._hub, one._limit, one._request, one.protocol, one._readers, one._over) == (
@@ -829,11 +830,16 @@ def deferred(hub: _core.Hub) -> None:
     over._over = True
     del over
     ended = make()
-    ended.__init__(hub, hub, 1, (), ended.launch)  # type: ignore[misc,arg-type]
-    assert Deferred.__new__(Deferred).launch is None
-    for arguments in ((), (hub, hub, 1, (), None)):
+    with pytest.raises(AttributeError):
+        _ = Deferred.__new__(Deferred).launch
+    for arguments in (
+        (),
+        (Deferred, hub, hub, 1, (), None),
+        (object, hub, hub, 1, (), ended.launch),
+        (1, hub, hub, 1, (), ended.launch),
+    ):
         with pytest.raises(TypeError, match="5 arguments"):
-            Deferred(*arguments)  # type: ignore[arg-type]
+            _core.new_deferred(*arguments)  # type: ignore[call-arg,arg-type,type-var]
     ended.launch.on_event(7, 0)
     del ended
     assert gone == []
@@ -890,9 +896,12 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
     "Launch.waiter": waking_fails,
+    "Launch.exec_waiter": awaited,
     "Launch.exit_waiter": awaited,
     "Launch.end_waiter": plain,
     "Launch.on_event": awaited,
+    "Launch.stage": awaited,
+    "Launch.returncode": awaited,
     "Launch.outcome": awaited,
     "Launch.take_over": taken_over,
     "Launch.stream": streamed,
@@ -913,7 +922,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Scheduling.call_soon": call_soon,
     "Scheduling.get_debug": call_soon,
     "EagerTasks.create_task": create_task,
-    "DeferredLaunch": deferred,
+    "new_deferred": deferred,
     "latest_hub": latest_hub,
     "new_object": new_object,
     "rung": lambda hub: _core.rung(),
@@ -934,7 +943,7 @@ def entry_points() -> set[str]:
     for kind in (_core.Hub, _core.Launch, _core.Waiter, _core.Scheduling, _core.EagerTasks):
         methods = (name for name, value in vars(kind).items() if callable(value))
         names |= {f"{kind.__name__}.{name}" for name in methods if name[0] != "_"}
-    return {name for name in names if not name.startswith("_")} | {"Hub", "DeferredLaunch"}
+    return {name for name in names if not name.startswith("_")} | {"Hub"}
 
 
 def test_every_entry_point_has_a_leak_test() -> None:

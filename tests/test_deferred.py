@@ -131,9 +131,9 @@ async def test_wait_is_over_at_the_exit_and_communicate_at_the_end_of_file() -> 
     assert (await process.communicate())[0] == b"late\n"
     process = await sh("{ sleep 0.2; echo late; } & exit 1", stderr=PIPE)
     assert await process.wait() == 1
-    assert deferred(process).launch.stage == EXITED
+    assert deferred(process).launch.stage() == EXITED
     assert await process.communicate() == (b"late\n", b"")
-    assert deferred(process).launch.stage == FINISHED
+    assert deferred(process).launch.stage() == FINISHED
     assert not is_open(process)
 
 
@@ -448,7 +448,7 @@ def launch(hub: _core.Hub, script: str, limit: int = 100) -> _core.Launch:
 def drain(hub: _core.Hub, child: _core.Launch, stage: int) -> None:
     """Tell a launch what the hub has for it, up to a stage."""
     events: deque[tuple[int, int, Any]] = deque()
-    while child.stage < stage:
+    while child.stage() < stage:
         select([hub.fileno()], [], [], 10)
         hub.drain(events)
         while events:
