@@ -75,7 +75,7 @@ def launch_failure(request: Request, exc: OSError) -> OSError:
 def launch_awaited(hub: LoopHub, request: Request, limit: int, pauses: bool) -> _core.Launch:
     """Launch in one shot what a task will await itself, without an Attempts to look after it.
 
-    What its waiter() tells may be a failure, and whoever awaits that may be cancelled: then one
+    What its waiters are told may be a failure, and whoever awaits that may be cancelled: then one
     is to take the launch over.
     """
     started = launch(hub, request, request.stdio, True, limit, pauses)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from ._attempts import launch_awaited, plain_failure
-from ._hub import ENDED, FINISHED, LoopHub, hub_of, latest
+from ._hub import LoopHub, hub_of, latest
 from ._request import Plain, Request, plain_request, request_of
 from ._steps import DEFAULT_STEPS, plain_steps
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
@@ -45,8 +45,8 @@ class Deferred(_core.DeferredLaunch):
 
     __slots__ = ("__weakref__",)
 
-    protocol: SubprocessStreamProtocol | None
-    """What the streams are to have, None for a new one."""
+    protocol: SubprocessStreamProtocol | weakref.ref[SubprocessStreamProtocol] | None
+    """What the streams are to have, if it is still there; None for a new one."""
 
     _readers: list[int] | None
     """How many tasks read each of the outputs; None: nobody has."""
@@ -88,23 +88,12 @@ class Deferred(_core.DeferredLaunch):
         try:
             launch.set_limit(1, -1)
             launch.set_limit(2, -1)
-            await launch.waiter(self._loop, FINISHED)
+            await launch.end_waiter(self._loop)
         finally:
             self._end(1)
             self._end(2)
         outcome = None if launch.status_lost else launch.outcome()
         return outcome and outcome[2:4]
-
-    async def read(self, fd: int) -> bytes | None:
-        """Wait for the end of one output and return all of it; None: the streams have it."""
-        launch = self.launch
-        self._begin()[fd] += 1
-        try:
-            launch.set_limit(fd, -1)
-            await launch.waiter(self._loop, ENDED[fd])
-        finally:
-            self._end(fd)
-        return launch.take_output(fd)
 
     def _begin(self) -> list[int]:
         readers = self._readers
@@ -121,9 +110,18 @@ class Deferred(_core.DeferredLaunch):
     def open(self) -> Streams:
         """Open the streams, with what has come so far."""
         self._over = True
-        protocol = self.protocol or SubprocessStreamProtocol(limit=self._limit, loop=self._loop)
+        protocol = self.protocol_of_its_own()
         transport = SubprocessTransport(self._hub, self._loop, protocol, self._request, launch=self.launch)
         return transport, protocol
+
+    def protocol_of_its_own(self) -> SubprocessStreamProtocol:
+        """Return the protocol of the streams."""
+        protocol = self._protocol_that_is_there()
+        return protocol or SubprocessStreamProtocol(limit=self._limit, loop=self._loop)
+
+    def _protocol_that_is_there(self) -> SubprocessStreamProtocol | None:
+        protocol = self.protocol
+        return protocol() if isinstance(protocol, weakref.ref) else protocol
 
     def outputs(self) -> tuple[int, ...]:
         """Return the numbers in the child of the pipes that there are."""
@@ -156,7 +154,7 @@ class Deferred(_core.DeferredLaunch):
         # Not now: other finalizers of the same cycle may still open them, or keep the process. If the
         # loop is closed first, there is this again.
         again = _core.new_deferred(Deferred, self._hub, loop, self._limit, self._request, self.launch)
-        again.protocol, again._readers = self.protocol, self._readers
+        again.protocol, again._readers = self._protocol_that_is_there(), self._readers
         is_other_thread = loop.is_running() and asyncio._get_running_loop() is not loop
         call = loop.call_soon_threadsafe if is_other_thread else loop.call_soon
         with contextlib.suppress(RuntimeError):

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import weakref
 from asyncio.subprocess import SubprocessStreamProtocol
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from subprocess import PIPE
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
+from ._core import new_object
 from ._deferred import Deferred, Streams, launch_deferred
 from ._hub import EXECED, EXITED, LoopHub
 from ._pipes import ReadPipe, WritePipe
@@ -28,20 +30,32 @@ OUTPUTS = {1: "stdout", 2: "stderr"}
 class _Unasked:
     """The first base of a class whose objects lack the attributes of the other base.
 
-    Whatever looks for one of these has the object opened, which makes it one of the other base,
+    Whoever looks for one of these has the object opened, which makes it one of the other base,
     and goes on with that. A method that sets one before it has looked for any must not be inherited.
     """
+
+    def __init_subclass__(cls, attributes: Iterable[str]) -> None:
+        for name in attributes:
+            setattr(cls, name, _OfOpened(name))
 
     def _open(self) -> None:
         raise NotImplementedError
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # by copy and the like: there is nothing to be opened yet
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
-            )
-        self._open()
-        return getattr(self, name)
+
+class _OfOpened:
+    """An attribute that the objects of a class lack until they are opened; what they have hides it.
+
+    Not by __getattr__(): where a class has that, the interpreter looks up every attribute at length.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, unasked: _Unasked | None, owner: type) -> Any:
+        if unasked is None:
+            raise AttributeError(f"type object {owner.__name__!r} has no attribute {self._name!r}")
+        unasked._open()
+        return getattr(unasked, self._name)
 
 
 def opened(unasked: T) -> T:
@@ -51,7 +65,17 @@ def opened(unasked: T) -> T:
     return unasked
 
 
-class DeferredTransport(_Unasked, SubprocessTransport):
+OF_TRANSPORT = (
+    *("_extra", "_hub", "_asked", "_limit", "_may_share_fds", "_keeper", "_retry_timer", "context"),
+    *("_protocol", "_keeps_pidfd", "_closed", "_state", "_returncode", "_exit_told", "_at_once"),
+    *("_scheduled", "_exit_waiters", "_held_back", "verdict", "_pipes"),
+)
+OF_PIPE = ("_extra", "disconnects", "disconnected", "_launch", "_closing", "_paused", "_file")
+OF_READER = tuple(vars(asyncio.StreamReader(loop=SimpleNamespace(get_debug=bool))))  # type: ignore[arg-type]
+"""What SubprocessTransport, ReadPipe and StreamReader have, and what stands for them has not."""
+
+
+class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
     """A SubprocessTransport that has been asked for no more than its Deferred can answer.
 
     It holds neither its protocol nor the readers, who hold it: a cycle would live on.
@@ -59,8 +83,6 @@ class DeferredTransport(_Unasked, SubprocessTransport):
 
     _deferred: Deferred
     _outputs: tuple[int, ...]
-    _protocol_reference: weakref.ref[SubprocessStreamProtocol]
-    _unread: dict[int, weakref.ref[DeferredReader]]
     _unasked_pipes: dict[int, DeferredPipe]
     _heirs: dict[int, asyncio.StreamReader]
     """Of real ones: readers in place of those that could not be told."""
@@ -68,27 +90,28 @@ class DeferredTransport(_Unasked, SubprocessTransport):
     @classmethod
     def of(cls, deferred: Deferred, protocol: SubprocessStreamProtocol) -> DeferredTransport:
         """Give a process that runs a transport, and the protocol what it has in connection_made()."""
-        self = cls.__new__(cls)
+        self = new_object(cls)
         self._deferred = deferred
         self._launch = deferred.launch
-        self._loop = deferred._loop
+        self._loop = loop = deferred._loop
         self._outputs = deferred.outputs()
-        self._protocol_reference = weakref.ref(protocol)
-        self._unread = {}
         self._unasked_pipes = {}
         for fd in self._outputs:
-            reader = DeferredReader.of(self, fd, deferred._limit)
-            self._unread[fd] = weakref.ref(reader)
+            reader = new_object(DeferredReader)
+            reader._process = self
+            reader._loop = loop
+            reader._limit = deferred._limit
+            reader._fd = fd
+            reader._is_read = False
             setattr(protocol, OUTPUTS[fd], reader)
+        deferred.protocol = weakref.ref(protocol)
         return self
 
     def _open(self) -> None:
         deferred, launch = self._deferred, self._launch
-        protocol = self._protocol_reference()
-        if protocol is None:
-            protocol = SubprocessStreamProtocol(limit=deferred._limit, loop=self._loop)
-        readers = {name: getattr(protocol, name) for name in OUTPUTS.values()}
-        pipes, unread = self._unasked_pipes, self._unread
+        protocol = deferred.protocol_of_its_own()
+        readers = {fd: getattr(protocol, OUTPUTS[fd]) for fd in self._outputs}
+        pipes = self._unasked_pipes
         deferred.leave()
         self._opened_late = True
         self.__class__ = SubprocessTransport  # type: ignore[assignment]
@@ -100,16 +123,13 @@ class DeferredTransport(_Unasked, SubprocessTransport):
             self._pipes[fd] = pipe.become_real(self)
         protocol.connection_made(self)
         self._heirs = {}
-        for fd, reference in unread.items():
-            reader = reference()
-            if reader is not None:
-                readers[OUTPUTS[fd]] = reader
-                reader.become_real(self._pipes[fd])
-            else:  # the collector has cleared it, but a finalizer may give it back
+        for fd, reader in readers.items():
+            if not isinstance(reader, DeferredReader):  # it may be there all the same
                 self._heirs[fd] = getattr(protocol, OUTPUTS[fd])
-        for name, reader in readers.items():
+            elif reader._process is self:  # else all has been read
+                reader.become_real(self._pipes[fd])
             if reader is not None:
-                setattr(protocol, name, reader)
+                setattr(protocol, OUTPUTS[fd], reader)
         for kind, value in launch.stream():
             if kind != EXECED:
                 self.on_event(kind, value)
@@ -119,7 +139,6 @@ class DeferredTransport(_Unasked, SubprocessTransport):
 
     def __del__(self, *_: Any) -> None:
         """The Deferred looks after what nobody has asked for."""
-        self._deferred.protocol = self._protocol_reference()
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         opened(self).set_protocol(protocol)
@@ -139,7 +158,10 @@ class DeferredTransport(_Unasked, SubprocessTransport):
             return self.get_pipe_transport(fd)
         pipe = self._unasked_pipes.get(fd)
         if pipe is None and fd in self._outputs:
-            pipe = self._unasked_pipes[fd] = DeferredPipe(self, fd)
+            pipe = self._unasked_pipes[fd] = new_object(DeferredPipe)
+            pipe.process = self
+            pipe.fd = fd
+            pipe._left = False
         return pipe
 
     def leave_pipe(self, fd: int) -> None:
@@ -153,15 +175,11 @@ class DeferredTransport(_Unasked, SubprocessTransport):
         return await opened(self)._wait() if returncode is None else returncode
 
 
-class DeferredPipe(_Unasked, ReadPipe):
+class DeferredPipe(_Unasked, ReadPipe, attributes=OF_PIPE):
     """A ReadPipe that nobody has done anything with, but to close it at its end."""
 
-    _left = False
+    _left: bool
     """It has been closed, and the process has forgotten it."""
-
-    def __init__(self, process: DeferredTransport, fd: int) -> None:
-        self.process = process
-        self.fd = fd
 
     def _open(self) -> None:
         if self._left:
@@ -190,7 +208,7 @@ class DeferredPipe(_Unasked, ReadPipe):
             self._left = True
 
 
-class DeferredReader(_Unasked, asyncio.StreamReader):
+class DeferredReader(_Unasked, asyncio.StreamReader, attributes=OF_READER):
     """A StreamReader that has been asked for nothing, or for all there is."""
 
     _process: DeferredTransport | None
@@ -200,16 +218,6 @@ class DeferredReader(_Unasked, asyncio.StreamReader):
     # StreamReader's own:
     _loop: asyncio.AbstractEventLoop
     _limit: int
-
-    @classmethod
-    def of(cls, process: DeferredTransport, fd: int, limit: int) -> DeferredReader:
-        self = cls.__new__(cls)
-        self._process = process
-        self._loop = process._loop
-        self._limit = limit
-        self._fd = fd
-        self._is_read = False
-        return self
 
     def _open(self) -> None:
         if self._process is None:
@@ -261,16 +269,19 @@ class DeferredReader(_Unasked, asyncio.StreamReader):
     async def read(self, n: int = -1) -> bytes:
         if n == 0 and isinstance(self, DeferredReader):
             return b""  # whoever else reads
-        process = self._process if isinstance(self, DeferredReader) and not self._is_read else None
-        if n < 0 and isinstance(process, DeferredTransport):
-            fd = self._fd
+        process = self._process if type(self) is DeferredReader and not self._is_read else None
+        if n < 0 and type(process) is DeferredTransport:
+            launch, fd = process._launch, self._fd
             self._is_read = True
             try:
-                output = await process._deferred.read(fd)
+                await launch.read_waiter(self._loop, fd)
+            except BaseException:
+                launch.set_limit(fd, 2 * self._limit)
+                raise
             finally:
                 self._is_read = False
+            output = launch.take_output(fd)
             if output is not None:
-                process._unread.pop(fd, None)
                 self._process = None
                 return output
         return await opened_for("read", self).read(n)
@@ -317,5 +328,4 @@ async def _until_it_runs(deferred: Deferred, protocol: SubprocessStreamProtocol)
         raise
     if not deferred.launch.stage():
         return await deferred.started_again()
-    deferred.protocol = None
     return DeferredTransport.of(deferred, protocol), protocol

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 EXECED, FAILED, EXITED = 3, 4, 5
 FINISHED, EXCEEDED = 7, 8
 """Of one-shots, as in _oneshot.h: it has exited and all output is read; there was too much."""
-ENDED = {1: 9, 2: 10}
-"""Of one output of a one-shot, for whoever waits for that."""
 
 SWEEP_INTERVAL = 0.1
 """Seconds between looks at launches whose verdict an end of file has not brought."""

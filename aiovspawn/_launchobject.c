@@ -369,26 +369,6 @@ static PyObject *waiter_for(LaunchObject *self, PyObject *loop, int stage)
     return waiter;
 }
 
-static bool is_stage(long kind)
-{
-    return kind == HUB_EXECED || kind == HUB_EXITED || kind == ONESHOT_FINISHED || kind == ONESHOT_STDOUT_ENDED ||
-           kind == ONESHOT_STDERR_ENDED;
-}
-
-/* waiter(loop, kind) -> what a task of this loop awaits until this kind of event has come, or
- * one that asks for somebody to take over. */
-static PyObject *Launch_waiter(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
-{
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "waiter() takes 2 arguments (%zd given)", count);
-    long stage = PyLong_AsLong(args[1]);
-    if (stage == -1 && PyErr_Occurred())
-        return NULL;
-    if (!is_stage(stage))
-        return PyErr_Format(PyExc_ValueError, "nobody can wait for events of kind %ld", stage);
-    return waiter_for(self, args[0], (int)stage);
-}
-
 /* exec_waiter(loop): after which there is a stage, or somebody is to take over. */
 static PyObject *Launch_exec_waiter(LaunchObject *self, PyObject *loop)
 {
@@ -536,6 +516,14 @@ static PyObject *Launch_take_over(LaunchObject *self, PyObject *Py_UNUSED(unused
     return events;
 }
 
+static int set_limit(LaunchObject *self, int fd, Py_ssize_t limit)
+{
+    int result = oneshot_set_limit(&self->one_shot, self->launch, fd, limit);
+    if (result < 0)
+        (void)core_raise_errno(result);
+    return result;
+}
+
 /* set_limit(1 or 2, bytes): of a launch that pauses at it; -1 for none. */
 static PyObject *Launch_set_limit(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -543,12 +531,20 @@ static PyObject *Launch_set_limit(LaunchObject *self, PyObject *const *args, Py_
         return PyErr_Format(PyExc_TypeError, "set_limit() takes 2 arguments (%zd given)", count);
     int fd = parse_output(args[0]);
     Py_ssize_t limit = fd < 0 ? -1 : PyLong_AsSsize_t(args[1]);
-    if (PyErr_Occurred())
+    if (PyErr_Occurred() || set_limit(self, fd, limit < 0 ? PY_SSIZE_T_MAX : limit) < 0)
         return NULL;
-    int result = oneshot_set_limit(&self->one_shot, self->launch, fd, limit < 0 ? PY_SSIZE_T_MAX : limit);
-    if (result < 0)
-        return core_raise_errno(result);
     Py_RETURN_NONE;
+}
+
+/* read_waiter(loop, 1 or 2): after which take_output() gives all of that output, which has no limit. */
+static PyObject *Launch_read_waiter(LaunchObject *self, PyObject *const *args, Py_ssize_t count)
+{
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "read_waiter() takes 2 arguments (%zd given)", count);
+    int fd = parse_output(args[1]);
+    if (fd < 0 || set_limit(self, fd, PY_SSIZE_T_MAX) < 0)
+        return NULL;
+    return waiter_for(self, args[0], (int)ONESHOT_STDOUT_ENDED + fd - 1);
 }
 
 static bool add_event(PyObject *events, int kind, PyObject *value)
@@ -620,7 +616,6 @@ static PyMethodDef Launch_methods[] = {
     {"close_pipe", (PyCFunction)Launch_close_pipe, METH_O, NULL},
     {"pipe", (PyCFunction)Launch_pipe, METH_O, NULL},
     {"rusage", (PyCFunction)Launch_rusage, METH_NOARGS, NULL},
-    {"waiter", (PyCFunction)(void (*)(void))Launch_waiter, METH_FASTCALL, NULL},
     {"exec_waiter", (PyCFunction)Launch_exec_waiter, METH_O, NULL},
     {"exit_waiter", (PyCFunction)Launch_exit_waiter, METH_O, NULL},
     {"end_waiter", (PyCFunction)Launch_end_waiter, METH_O, NULL},
@@ -629,6 +624,7 @@ static PyMethodDef Launch_methods[] = {
     {"on_event", (PyCFunction)(void (*)(void))Launch_on_event, METH_FASTCALL, NULL},
     {"outcome", (PyCFunction)Launch_outcome, METH_NOARGS, NULL},
     {"take_over", (PyCFunction)Launch_take_over, METH_NOARGS, NULL},
+    {"read_waiter", (PyCFunction)(void (*)(void))Launch_read_waiter, METH_FASTCALL, NULL},
     {"set_limit", (PyCFunction)(void (*)(void))Launch_set_limit, METH_FASTCALL, NULL},
     {"stream", (PyCFunction)Launch_stream, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -41,7 +41,7 @@ typedef struct {
     int stage;                /* the last event that has come: 0, HUB_EXECED, HUB_EXITED or ONESHOT_FINISHED */
     bool failed;
     bool streamed; /* somebody else has been given what had come */
-    bool awaited;  /* by waiter(), and by nobody else: events are told to the object itself */
+    bool awaited;  /* by who has a waiter of it, and by nobody else: events are told to the object itself */
     int failed_step, failed_error;
     int exceeded; /* 1 or 2, whose output was too long; 0 for none */
 } LaunchObject;

@@ -227,14 +227,14 @@ from aiovspawn import _core
 hub, transports = _core.Hub(), {}
 launch = hub.launch_plain(transports, ["/bin/sleep", "1000"], None, None, (), -1, False)
 launch.send_signal(9)
-waiters = [launch.waiter(None, 7) for _ in range(10000)]
+waiters = [launch.end_waiter(None) for _ in range(10000)]
 del waiters
 transports.clear()
 
 def drop():
     global launch
     if sys.argv[1] == "collected":
-        launch.waiter(launch, 7)  # who holds its loop
+        launch.end_waiter(launch)  # who holds its loop
         del launch
         gc.collect()
     else:
@@ -415,7 +415,7 @@ def feed(hub: _core.Hub) -> None:
 def taken(hub: _core.Hub) -> None:
     argv = ("/bin/sh", "-c", "echo out; head -c 60000 /dev/zero >&2")
     child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, PIPE), (), (), True, -1, True, -1, True)
-    child.waiter(object(), 9)  # type: ignore[arg-type]
+    child.read_waiter(object(), 1)  # type: ignore[arg-type]
     assert child.take_output(1) is None
     finish(hub)
     assert [child.take_output(1), child.take_output(2), child.take_output(1)] == [b"out\n", bytes(60000), b""]
@@ -425,7 +425,7 @@ def streamed(hub: _core.Hub) -> None:
     argv = ("/bin/sh", "-c", "head -c 60000 /dev/zero")
     for told in (False, True):
         child = hub.launch(argv[:1], argv, None, (INHERIT, PIPE, PIPE), (), (), True, -1, True, 100, True)
-        child.waiter(object(), 5)  # type: ignore[arg-type]
+        child.exit_waiter(object())  # type: ignore[arg-type]
         child.set_limit(1, -1)
         if told:
             for _, kind, value in finish(hub):
@@ -450,7 +450,7 @@ def await_it(waiting: _core.Waiter) -> list[_core.Waiter]:
 def awaited(hub: _core.Hub) -> None:
     child = one_shot(hub, "/bin/echo", "x", stdin=INHERIT)
     child.keep_pidfd(True)  # and yet nothing stays open of what is over, whoever keeps the launch
-    first, second, exited = child.waiter(hub, 7), child.waiter(hub, 7), child.exit_waiter(hub)  # type: ignore[arg-type]
+    first, second, exited = child.end_waiter(hub), child.end_waiter(hub), child.exit_waiter(hub)  # type: ignore[arg-type]
     assert first.get_loop() is hub
     woken, also, earlier = await_it(first), await_it(second), await_it(exited)
     with pytest.raises(TypeError):
@@ -475,7 +475,7 @@ def awaited(hub: _core.Hub) -> None:
     assert outcome[:4] == (0, child.pid, b"x\n", b"")
     assert len(outcome[4] or b"") >= 144
     assert child.pidfd == -1
-    assert child.waiter(hub, 7).done()
+    assert child.end_waiter(hub).done()
     assert child.take_over() == [(7, 0)]
 
 
@@ -493,7 +493,7 @@ class Loop:
 def taken_over(hub: _core.Hub) -> None:
     loop = Loop()
     child = one_shot(hub, "/bin/sh", "-c", "echo x; read y; exit 3", limit=1)
-    waiting = child.waiter(loop, 7)
+    waiting = child.end_waiter(loop)
     woken = await_it(waiting)
     assert waiting.cancel(msg="why") is True
     assert waiting.cancel() is False
@@ -513,7 +513,7 @@ def taken_over(hub: _core.Hub) -> None:
     assert child.take_over() == [(8, 1), (7, 3)]
     # A failure is told to whoever waits for whatever.
     failed = one_shot(hub, "/nonexistent", stdin=INHERIT)
-    woken = await_it(failed.waiter(loop, 7))
+    woken = await_it(failed.end_waiter(loop))
     for _, kind, value in finish(hub):
         failed.on_event(kind, value)
     assert len(woken) == 1
@@ -521,7 +521,7 @@ def taken_over(hub: _core.Hub) -> None:
     assert failed.outcome() is None
     # What waits for itself is collected.
     forgotten = one_shot(hub, "/bin/true", stdin=INHERIT)
-    await_it(forgotten.waiter([forgotten], 7))
+    await_it(forgotten.end_waiter([forgotten]))
     finish(hub)
 
 
@@ -533,7 +533,7 @@ def waking_fails(hub: _core.Hub) -> None:
 
     loop = Loop()
     child = one_shot(hub, "/bin/true", stdin=INHERIT)
-    first, second = child.waiter(loop, 7), child.waiter(loop, 7)
+    first, second = child.end_waiter(loop), child.end_waiter(loop)
     next(first.__await__())
     first.add_done_callback(end, context=contextvars.copy_context())
     woken = await_it(second)
@@ -615,7 +615,7 @@ def told_at_once(hub: _core.Hub) -> None:
     loop, events = Loop(), deque[tuple[int, int, Any]]()
     children, transports = exited(hub, 3)
     for child in children[::2]:
-        woken = await_it(child.waiter(loop, 7))
+        woken = await_it(child.end_waiter(loop))
     hub.drain(events, transports)
     assert len(woken) == 1
     assert list(events) == [(children[1].id, 7, 0)]
@@ -625,7 +625,7 @@ def told_at_once(hub: _core.Hub) -> None:
     for line, arguments in (events, (transports,)), (deque(), ()):
         before = list(line)
         children, transports = exited(hub, 2)
-        woken = await_it(children[0].waiter(loop, 7))
+        woken = await_it(children[0].end_waiter(loop))
         hub.drain(line, *arguments)  # type: ignore[arg-type]
         assert not woken
         assert sorted(line) == [*before, *((child.id, 7, 0) for child in children)]
@@ -649,12 +649,12 @@ def told_at_once_fails(hub: _core.Hub) -> None:
             for child in children:
                 child.take_over()
                 if child is not children[-1]:
-                    child.waiter(loop, 5)  # but for one somebody has come again
+                    child.exit_waiter(loop)  # but for one somebody has come again
         else:
             raise SystemExit
 
     for child in children:
-        waiting = child.waiter(loop, 7)
+        waiting = child.end_waiter(loop)
         next(waiting.__await__())
         waiting.add_done_callback(wake, context=contextvars.copy_context())
     with pytest.raises(SystemExit):
@@ -665,7 +665,7 @@ def told_at_once_fails(hub: _core.Hub) -> None:
     assert len(transports) == 2
     # And the dict may be any.
     children, transports = exited(hub, 1)
-    await_it(children[0].waiter(loop, 7))
+    await_it(children[0].end_waiter(loop))
     hub.drain(deque(), {})
     assert children[0].outcome() is not None
 
@@ -895,10 +895,9 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.output": feed,
     "Launch.exceeded": feed,
     "Launch.signal_group": signal_group,
-    "Launch.waiter": waking_fails,
     "Launch.exec_waiter": awaited,
     "Launch.exit_waiter": awaited,
-    "Launch.end_waiter": plain,
+    "Launch.end_waiter": waking_fails,
     "Launch.on_event": awaited,
     "Launch.stage": awaited,
     "Launch.returncode": awaited,
@@ -907,6 +906,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Launch.stream": streamed,
     "Launch.set_limit": streamed,
     "Launch.take_output": taken,
+    "Launch.read_waiter": taken,
     "Waiter.cancel": waiter,
     "Waiter.result": waiter,
     "Waiter.done": waiter,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import gc
+import inspect
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ import pytest
 
 import aiovspawn
 from aiovspawn import _core
-from aiovspawn._deferred_streams import DeferredPipe, DeferredReader, DeferredTransport
+from aiovspawn._deferred_streams import DeferredPipe, DeferredReader, DeferredTransport, _OfOpened
 from aiovspawn._hub import hub_of
 from aiovspawn._pipes import ReadPipe
 from aiovspawn._transport import SubprocessTransport
@@ -108,7 +109,6 @@ ASKED: dict[str, Callable[[Process], Any]] = {
     "at_eof": lambda process: reader_of(process).at_eof(),
     "exception": lambda process: reader_of(process).exception(),
     "_buffer": lambda process: reader_of(process)._buffer,  # type: ignore[attr-defined]
-    "no such attribute": lambda process: hasattr(process.stdout, "no_such_attribute"),
     "set_exception": lambda process: process.stderr.set_exception(OSError("given")),  # type: ignore[union-attr]
     "is_closing": lambda process: transport_of(process).is_closing(),
     "get_protocol": lambda process: transport_of(process).get_protocol(),
@@ -494,8 +494,31 @@ async def test_what_they_say_of_themselves_opens_nothing() -> None:
     assert isinstance(process.stdout, asyncio.StreamReader)
     assert isinstance(transport_of(process), asyncio.SubprocessTransport)
     assert type(process.stdout) is DeferredReader
+    assert not any(
+        hasattr(each, "no_such_attribute") for each in (transport_of(process), process.stdout, pipe)
+    )
     assert not is_open(process)
     await process.communicate()
+
+
+async def test_all_that_they_lack_has_them_opened() -> None:
+    process = await sh("exec sleep 1000")
+    transport = transport_of(process)
+    objects = transport, transport.get_pipe_transport(1), process.stdout
+    kinds = {each: (type(each), set(vars(each))) for each in objects}
+    process.kill()
+    for each, (kind, had) in kinds.items():
+        assert type(each) is not kind
+        lacked = vars(each).keys() - had - {"_heirs"}
+        assert lacked
+        lacked |= {"_extra"} if isinstance(each, asyncio.BaseTransport) else set()  # a slot
+        for name in lacked:
+            opens = isinstance(inspect.getattr_static(kind, name), _OfOpened)
+            assert opens or hasattr(type(each), name)
+            if opens:
+                with pytest.raises(AttributeError):
+                    getattr(kind, name)
+    await process.wait()
 
 
 def test_in_a_forked_child_nothing_is_taken_from_the_parent() -> None:
