@@ -564,6 +564,12 @@ static PyObject *Hub_sweep(HubObject *self, PyObject *const *args, Py_ssize_t co
     return check_queue("sweep", args, count) ? pass_on(self, args, count, hub_sweep(self->hub)) : NULL;
 }
 
+/* sweeps() -> whether drain() does what sweep() does, when it is time; else whoever launches calls that. */
+static PyObject *Hub_sweeps(HubObject *self, PyObject *Py_UNUSED(unused))
+{
+    return PyBool_FromLong(hub_sweeps(self->hub));
+}
+
 /* undecided() -> how many launches are neither known to have exec'd nor to have failed. */
 static PyObject *Hub_undecided(HubObject *self, PyObject *Py_UNUSED(unused))
 {
@@ -576,6 +582,7 @@ static PyMethodDef Hub_methods[] = {
     {"adopt", (PyCFunction)Hub_adopt, METH_VARARGS, NULL},
     {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
     {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
+    {"sweeps", (PyCFunction)Hub_sweeps, METH_NOARGS, NULL},
     {"undecided", (PyCFunction)Hub_undecided, METH_NOARGS, NULL},
     {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
     {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},
@@ -642,14 +649,25 @@ static PyObject *core_share_fds_from(PyObject *Py_UNUSED(module), PyObject *argu
     Py_RETURN_NONE;
 }
 
-/* quiet_time(nanoseconds): for how long the output of a one-shot is not watched at first. */
-static PyObject *core_quiet_time(PyObject *Py_UNUSED(module), PyObject *argument)
+static PyObject *set_time(PyObject *argument, void (*set)(uint64_t))
 {
     unsigned long time = PyLong_AsUnsignedLong(argument);
     if (time == (unsigned long)-1 && PyErr_Occurred())
         return NULL;
-    hub_set_quiet_time(time);
+    set(time);
     Py_RETURN_NONE;
+}
+
+/* quiet_time(nanoseconds): for how long the output of a one-shot is not watched at first. */
+static PyObject *core_quiet_time(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    return set_time(argument, hub_set_quiet_time);
+}
+
+/* sweep_interval(nanoseconds): between two looks at launches that nothing tells of. */
+static PyObject *core_sweep_interval(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    return set_time(argument, hub_set_sweep_interval);
 }
 
 /* probe(name) -> 0 if the kernel allows it here, else the errno it answers with. */
@@ -737,6 +755,7 @@ static PyMethodDef core_methods[] = {
     {"has_items", (PyCFunction)(void (*)(void))core_has_items, METH_FASTCALL, NULL},
     {"share_fds_from", core_share_fds_from, METH_O, NULL},
     {"quiet_time", core_quiet_time, METH_O, NULL},
+    {"sweep_interval", core_sweep_interval, METH_O, NULL},
     {"probe", core_probe, METH_O, NULL},
     {"counts", core_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

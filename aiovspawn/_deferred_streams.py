@@ -71,7 +71,7 @@ OF_TRANSPORT = (
     *("_scheduled", "_exit_waiters", "_held_back", "verdict", "_pipes"),
 )
 OF_PIPE = ("_extra", "disconnects", "disconnected", "_launch", "_closing", "_paused", "_file")
-OF_READER = tuple(vars(asyncio.StreamReader(loop=SimpleNamespace(get_debug=bool))))  # type: ignore[arg-type]
+OF_READER = vars(asyncio.StreamReader(loop=SimpleNamespace(get_debug=bool))).keys() - {"_loop", "_limit"}  # type: ignore[arg-type]
 """What SubprocessTransport, ReadPipe and StreamReader have, and what stands for them has not."""
 
 
@@ -86,26 +86,6 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
     _unasked_pipes: dict[int, DeferredPipe]
     _heirs: dict[int, asyncio.StreamReader]
     """Of real ones: readers in place of those that could not be told."""
-
-    @classmethod
-    def of(cls, deferred: Deferred, protocol: SubprocessStreamProtocol) -> DeferredTransport:
-        """Give a process that runs a transport, and the protocol what it has in connection_made()."""
-        self = new_object(cls)
-        self._deferred = deferred
-        self._launch = deferred.launch
-        self._loop = loop = deferred._loop
-        self._outputs = deferred.outputs()
-        self._unasked_pipes = {}
-        for fd in self._outputs:
-            reader = new_object(DeferredReader)
-            reader._process = self
-            reader._loop = loop
-            reader._limit = deferred._limit
-            reader._fd = fd
-            reader._is_read = False
-            setattr(protocol, OUTPUTS[fd], reader)
-        deferred.protocol = weakref.ref(protocol)
-        return self
 
     def _open(self) -> None:
         deferred, launch = self._deferred, self._launch
@@ -328,4 +308,24 @@ async def _until_it_runs(deferred: Deferred, protocol: SubprocessStreamProtocol)
         raise
     if not deferred.launch.stage():
         return await deferred.started_again()
-    return DeferredTransport.of(deferred, protocol), protocol
+    return _streams_of(deferred, protocol)
+
+
+def _streams_of(deferred: Deferred, protocol: SubprocessStreamProtocol) -> Streams:
+    """Give a process that runs a transport, and the protocol what it has in connection_made()."""
+    transport = new_object(DeferredTransport)
+    transport._deferred = deferred
+    transport._launch = deferred.launch
+    transport._loop = loop = deferred._loop
+    transport._outputs = deferred.outputs()
+    transport._unasked_pipes = {}
+    for fd in transport._outputs:
+        reader = new_object(DeferredReader)
+        reader._process = transport
+        reader._loop = loop
+        reader._limit = deferred._limit
+        reader._fd = fd
+        reader._is_read = False
+        setattr(protocol, OUTPUTS[fd], reader)
+    deferred.protocol = weakref.ref(protocol)
+    return transport, protocol

@@ -12,6 +12,7 @@ latest when one for another loop is made.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import time
@@ -33,7 +34,7 @@ FINISHED, EXCEEDED = 7, 8
 """Of one-shots, as in _oneshot.h: it has exited and all output is read; there was too much."""
 
 SWEEP_INTERVAL = 0.1
-"""Seconds between looks at launches whose verdict an end of file has not brought."""
+"""Seconds between looks at what nothing tells of; see LoopHub.await_verdict()."""
 
 CHILD_PAUSE = 0.005
 """Seconds; see LoopHub._drain_as_child()."""
@@ -47,11 +48,12 @@ class LoopHub:
         self._loop = weakref.ref(loop)
         self.events: deque[tuple[int, int, Any]] = deque()
         """What the C hub has told and the transports have not been."""
-        self.sweeping = False
         self._closed = False
         self._parent: int | None = None
         self.transports: dict[int, Attempts | Launch] = {}
         self.core = _core.Hub()
+        self.sweeping = self.core.sweeps()
+        """Launches without a verdict are being looked after."""
         # In a context of its own: the one of the first caller would otherwise live
         # as long as the loop and be seen by every later callback.
         self._context = contextvars.Context()
@@ -62,7 +64,11 @@ class LoopHub:
             raise
 
     def await_verdict(self) -> None:
-        """Look after launches whose status pipe some stranger may hold open."""
+        """Look after launches whose status pipe some stranger may hold open.
+
+        Where the kernel has no timer for the C hub, which does so itself: one of the loop would make each
+        of its turns dearer, by a fifth of what a launch costs.
+        """
         if not self.sweeping:
             self._sweep_later()
 
@@ -101,6 +107,10 @@ class LoopHub:
         """In a forked child that may go on with the loop: the epoll set is not ours any more."""
         self._parent = os.getppid()
         self.events.clear()
+        self.sweeping = False
+        if self.transports:
+            with contextlib.suppress(RuntimeError):  # it is closed, or another thread's
+                self._sweep_later()
 
     def _drain_as_child(self, parent: int) -> None:
         """Tell of exits as the pidfds have them; who goes on with its parent's loop gets no more.

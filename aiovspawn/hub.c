@@ -25,6 +25,9 @@
 enum { SLOT_MASK = 7 };
 _Static_assert(LAUNCH_SLOTS <= SLOT_MASK + 1, "the slot must fit into three bits");
 
+/* In the epoll set, slots of no launch. */
+enum { QUIET_TIMER = 0, SWEEP_TIMER = 1 };
+
 enum {
     QUIET_TIME = 2000000, /* nanoseconds: alone, most programs that write little are over by then */
     QUIET_SHARES = 32,    /* of that time at the most, where many run at a time: see quiet_end() */
@@ -33,15 +36,37 @@ enum {
     STATUS_PIPES = 4, /* so many launches have one before others are awaited without */
     AWAIT_PAUSE = 500000, /* nanoseconds between two looks at these */
     AWAIT_PART = 8, /* or so much of the time for which they are awaited */
+    SWEEP_INTERVAL = 100000000, /* nanoseconds between looks at launches without a verdict: hub_sweep() */
 };
 
 static uint64_t quiet_time = QUIET_TIME;
+static uint64_t sweep_interval = SWEEP_INTERVAL;
 
 static const enum hub_event_kind pipe_kind[] = {
     [LAUNCH_STDIN] = HUB_STDIN,
     [LAUNCH_STDOUT] = HUB_STDOUT,
     [LAUNCH_STDERR] = HUB_STDERR,
 };
+
+static int set_clock(int fd, int flags, uint64_t time)
+{
+    struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
+    return timerfd_settime(fd, flags, &value, NULL) < 0 ? -errno : 0;
+}
+
+/* A timer in the epoll set. Edge-triggered: what has been told need not be read. timerfd_create(2) */
+static int make_timer(const struct hub *hub, uint64_t slot)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = slot};
+    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    fd = fd < 0 ? -errno : spawn_raise_fd(fd);
+    int result = fd < 0 ? fd : set_clock(fd, 0, 0);
+    if (result == 0 && epoll_ctl(hub->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0)
+        result = -errno;
+    if (result < 0 && fd >= 0)
+        (void)close(fd);
+    return result < 0 ? result : fd;
+}
 
 int hub_new(struct hub **ret_hub)
 {
@@ -56,6 +81,8 @@ int hub_new(struct hub **ret_hub)
     }
     hub->epoll_fd = fd;
     hub->timer_fd = -1;
+    fd = make_timer(hub, SWEEP_TIMER);
+    hub->sweep_fd = fd < 0 ? -1 : fd;
     hub->generation = launch_generation();
     *ret_hub = hub;
     return 0;
@@ -74,13 +101,12 @@ void hub_close(struct hub *hub)
         hub_end_await_locked(launch);
         launch->hub = NULL;
     }
-    int fd = hub->epoll_fd, timer_fd = hub->timer_fd;
-    hub->epoll_fd = hub->timer_fd = -1;
+    const int fds[] = {hub->epoll_fd, hub->timer_fd, hub->sweep_fd};
+    hub->epoll_fd = hub->timer_fd = hub->sweep_fd = -1;
     launch_unlock();
-    if (fd >= 0)
-        (void)close(fd);
-    if (timer_fd >= 0)
-        (void)close(timer_fd);
+    for (size_t i = 0; i < sizeof fds / sizeof *fds; i++)
+        if (fds[i] >= 0)
+            (void)close(fds[i]);
 }
 
 void hub_free(struct hub *hub)
@@ -156,26 +182,9 @@ static uint64_t quiet_end(const struct hub *hub, uint64_t begin)
     return begin + quiet_time * (shares < QUIET_SHARES ? shares : QUIET_SHARES);
 }
 
-/* Edge-triggered: what has been told need not be read. timerfd_create(2) */
-static int make_timer(struct hub *hub)
-{
-    struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = 0};
-    int fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
-    fd = fd < 0 ? -errno : spawn_raise_fd(fd);
-    if (fd >= 0 && epoll_ctl(hub->epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0) {
-        int result = -errno;
-        (void)close(fd);
-        return result;
-    }
-    if (fd >= 0)
-        hub->timer_fd = fd;
-    return fd < 0 ? fd : 0;
-}
-
 static int set_timer(struct hub *hub, uint64_t time)
 {
-    struct itimerspec value = {.it_value = {.tv_sec = (time_t)(time / 1000000000), .tv_nsec = (long)(time % 1000000000)}};
-    int result = timerfd_settime(hub->timer_fd, TFD_TIMER_ABSTIME, &value, NULL) < 0 ? -errno : 0;
+    int result = set_clock(hub->timer_fd, TFD_TIMER_ABSTIME, time);
     hub->timer_at = result < 0 ? UINT64_MAX : time; /* what has failed is tried again by who is next */
     return result;
 }
@@ -184,7 +193,11 @@ static int need_timer(struct hub *hub)
 {
     if (!hub || hub->epoll_fd < 0 || launch_is_foreign(hub->generation))
         return -EBADF;
-    return hub->timer_fd < 0 ? make_timer(hub) : 0;
+    if (hub->timer_fd >= 0)
+        return 0;
+    int fd = make_timer(hub, QUIET_TIMER);
+    hub->timer_fd = fd < 0 ? -1 : fd;
+    return fd < 0 ? fd : 0;
 }
 
 /* Has the timer fire at this time at the latest, for a quiet launch or one that is awaited. */
@@ -507,7 +520,7 @@ static void drain_awaited(struct hub *hub)
 
 static void drain_one(struct hub *hub, const struct epoll_event *ready)
 {
-    if (ready->data.u64 == 0) {
+    if (ready->data.u64 == QUIET_TIMER) {
         drain_timer(hub);
         return;
     }
@@ -564,18 +577,79 @@ void hub_done(struct hub *hub)
     launch_unlock();
 }
 
+/* ---- launches that nothing tells of ---------------------------------------------
+ *
+ * A copy of the write end of a status pipe in some other process delays the end of file, but not the word
+ * that tells of the exec; and where nobody waits for that, nobody looks at the word.
+ */
+
+/* Whether it looks for them itself; else whoever launches has to see to it: hub_sweep(). */
+bool hub_sweeps(const struct hub *hub)
+{
+    return hub->sweep_fd >= 0;
+}
+
+/* There is a launch without a verdict. Where the timer comes to be refused, the next one tries again. */
+void hub_sweep_later_locked(struct hub *hub)
+{
+    if (hub && !hub->sweeping && hub->sweep_fd >= 0 && !launch_is_foreign(hub->generation))
+        hub->sweeping = set_clock(hub->sweep_fd, 0, sweep_interval) == 0;
+}
+
+/* For tests, before the first launch. */
+void hub_set_sweep_interval(uint64_t nanoseconds)
+{
+    launch_lock();
+    sweep_interval = nanoseconds;
+    launch_unlock();
+}
+
+/* Looks at each of them, whether or not its pipe is ready, as far as there is room to tell of it. */
+static void sweep_locked(struct hub *hub)
+{
+    for (struct launch *launch = launch_first_locked(); launch && hub->count < HUB_EVENTS; launch = launch->next)
+        if (launch->hub == hub) {
+            drain_status(hub, launch);
+            launch->overdue = launch->detached && launch_left_memory_locked(launch);
+        }
+}
+
+static size_t count_undecided_locked(const struct hub *hub)
+{
+    size_t count = 0;
+    for (struct launch *launch = launch_first_locked(); launch; launch = launch->next)
+        count += launch->hub == hub && launch->verdict == LAUNCH_PENDING;
+    return count;
+}
+
+static void drain_sweep_timer(struct hub *hub)
+{
+    sweep_locked(hub);
+    hub->sweeping = false;
+    if (count_undecided_locked(hub) > 0)
+        hub_sweep_later_locked(hub);
+}
+
+/* ---- both ------------------------------------------------------------------------- */
+
 /* Fills hub->events and returns their number, or -errno. On success hub_done()
  * is to follow. */
 int hub_drain(struct hub *hub)
 {
     struct epoll_event ready[HUB_BATCH];
+    bool sweeps = false;
     launch_lock();
     int result = begin_locked(hub);
     if (result == 0) {
         drain_awaited(hub);
         int batch = epoll_wait(hub->epoll_fd, ready, HUB_BATCH, 0);
         for (int i = 0; i < batch; i++)
-            drain_one(hub, &ready[i]);
+            if (ready[i].data.u64 == SWEEP_TIMER)
+                sweeps = true;
+            else
+                drain_one(hub, &ready[i]);
+        if (sweeps) /* last: it takes what room the others leave */
+            drain_sweep_timer(hub);
         result = batch < 0 && errno != EINTR && hub->count == 0 ? -errno : hub->count;
         hub->draining = result >= 0;
     }
@@ -583,20 +657,15 @@ int hub_drain(struct hub *hub)
     return result;
 }
 
-/* Looks at the status of every launch of this hub that has no verdict yet,
- * whether or not its pipe is ready: a copy of the write end in some other
- * process delays the end of file, but not the word that tells of the exec. */
+/* Looks for launches that nothing tells of; as hub_drain(). */
 int hub_sweep(struct hub *hub)
 {
     launch_lock();
     int result = begin_locked(hub);
-    struct launch *launch = result == 0 ? launch_first_locked() : NULL;
-    for (; launch && hub->count < HUB_EVENTS; launch = launch->next)
-        if (launch->hub == hub) {
-            drain_status(hub, launch);
-            launch->overdue = launch->detached && launch_left_memory_locked(launch);
-        }
-    result = result < 0 ? result : hub->count;
+    if (result == 0) {
+        sweep_locked(hub);
+        result = hub->count;
+    }
     launch_unlock();
     return result;
 }
@@ -604,10 +673,8 @@ int hub_sweep(struct hub *hub)
 /* How many launches of this hub have no verdict yet. */
 size_t hub_undecided(const struct hub *hub)
 {
-    size_t count = 0;
     launch_lock();
-    for (struct launch *launch = launch_first_locked(); launch; launch = launch->next)
-        count += launch->hub == hub && launch->verdict == LAUNCH_PENDING;
+    size_t count = count_undecided_locked(hub);
     launch_unlock();
     return count;
 }

@@ -45,6 +45,8 @@ struct hub_event {
 struct hub {
     int epoll_fd; /* -1 when closed */
     int timer_fd; /* in the epoll set; -1 before it is needed: need_timer() */
+    int sweep_fd; /* another timer there; -1 if the kernel has none to spare */
+    bool sweeping; /* it is set, for launches that have no verdict yet */
     uint64_t timer_at; /* when it was last told to fire; nanoseconds, CLOCK_MONOTONIC */
     size_t quiet; /* launches that have outputs which are not watched */
     unsigned bulk; /* so many launches to come are not to be quiet */
@@ -64,11 +66,14 @@ void hub_close(struct hub *hub);
 void hub_free(struct hub *hub);
 int hub_drain(struct hub *hub);
 int hub_sweep(struct hub *hub);
+bool hub_sweeps(const struct hub *hub);
+void hub_sweep_later_locked(struct hub *hub);
 size_t hub_undecided(const struct hub *hub);
 void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);
 
 void hub_set_quiet_time(uint64_t nanoseconds);
+void hub_set_sweep_interval(uint64_t nanoseconds);
 uint64_t hub_now(void);
 
 int hub_watch_locked(struct launch *launch, enum launch_slot slot, uint32_t events);

@@ -695,6 +695,8 @@ static int watch_child_locked(struct launch *launch)
      * has time: its exit tells, or a sweep or a later launch finds it. */
     if (result == 0 && launch->shares_fds)
         result = hub_watch_locked(launch, LAUNCH_STATUS, EPOLLIN);
+    if (result == 0)
+        hub_sweep_later_locked(launch->hub);
     if (result < 0) {
         (void)signal_locked(launch, SIGKILL);
         close_locked(launch);

@@ -885,6 +885,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.launch_plain": lambda hub: (plain(hub), plain_fails()),
     "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
+    "Hub.sweeps": sweep,
     "Hub.undecided": sweep,
     "Hub.close": lambda hub: _core.Hub().close(),
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),
@@ -934,6 +935,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "probe": lambda hub: [_core.probe(name) for name in _core.FEATURES],
     "share_fds_from": lambda hub: _core.share_fds_from(-1),
     "quiet_time": lambda hub: _core.quiet_time(2_000_000),
+    "sweep_interval": lambda hub: _core.sweep_interval(100_000_000),
     "counts": lambda hub: _core.counts(),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -324,15 +325,24 @@ LOOKED_AFTER: dict[str, Callable[[], Awaitable[Any]]] = {
 }
 
 
+def will_sweep(hub: Any) -> bool:
+    """Whether that timer is set in its epoll set, by the kernel's own account (proc_pid_fdinfo(5))."""
+    watched = Path(f"/proc/self/fdinfo/{hub.core.fileno()}").read_text()
+    found = re.search(r"^tfd: +(\d+) .* data: +1 ", watched, re.MULTILINE)
+    assert found is not None
+    return "it_value: (0, 0)" not in Path(f"/proc/self/fdinfo/{found[1]}").read_text()
+
+
 @pytest.mark.parametrize("call", LOOKED_AFTER.values(), ids=LOOKED_AFTER)
 async def test_every_launch_is_looked_after(call: Callable[[], Awaitable[Any]]) -> None:
     """From its beginning, should a stranger hold its status pipe open."""
     hub = hub_of(asyncio.get_running_loop())
     assert ladder.choose() == "core"
-    assert hub is not None and not hub.sweeping
+    assert hub is not None and hub.core.sweeps()
+    assert not will_sweep(hub)
     launched = asyncio.ensure_future(call())
     await until(lambda: hub.transports or launched.done())
-    assert hub.sweeping
+    assert will_sweep(hub)
     await launched
 
 

@@ -321,7 +321,7 @@ async def main():
             assert exc.filename is None and "'clone'" in exc.__notes__[0]
         else:
             raise AssertionError
-    assert len(os.listdir("/proc/self/fd")) == len(before) + 1  # the hub
+    assert len(os.listdir("/proc/self/fd")) == len(before) + 2  # the hub and its timer
 aiovspawn.run(main())
 """
 

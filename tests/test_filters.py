@@ -229,15 +229,39 @@ aiovspawn.run(main())
     on_loop(later("timerfd_settime-eperm", code), python)
 
 
+@pytest.mark.parametrize("filters", ["", "timerfd-enosys", "timerfd_settime-eperm"])
+def test_launches_that_nothing_tells_of_are_looked_after(python: list[str], filters: str) -> None:
+    """By a timer of the hub's, or by one of the loop's."""
+    code = f"""
+import asyncio, aiovspawn
+from aiovspawn._hub import hub_of
+async def main():
+    hub = hub_of(asyncio.get_running_loop())
+    assert hub.sweeping == hub.core.sweeps() == {not filters}
+    for _ in range(2):
+        tasks = [asyncio.create_task(aiovspawn.run_process(["sleep", "1000"])) for _ in range(20)]
+        while not hub.core.undecided():
+            await asyncio.sleep(0)
+        assert hub.sweeping
+        while hub.core.undecided():
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+aiovspawn.run(asyncio.wait_for(main(), 20))
+"""
+    on_loop(filtered(filters, code) if filters else code, python)
+
+
 @pytest.mark.parametrize("rung", ["", "vfork"])
 @pytest.mark.parametrize("by", ["sweep", "launch"])
 def test_memory_is_shown_again_while_what_hid_it_runs(python: list[str], by: str, rung: str) -> None:
     """Nobody waits for the exec of these: a sweep finds it, or a later launch."""
     code = f"""
 import asyncio, ctypes, struct, time, aiovspawn
-from aiovspawn import _hub, run_process
+from aiovspawn import _core, run_process
 if {by!r} == "launch":
-    _hub.SWEEP_INTERVAL = 1000
+    _core.sweep_interval(10**12)
 OPTIONS = {{"seccomp": struct.pack("HBBI", 6, 0, 0, 0x7FFF0000), "no_new_privs": True}}
 dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
 async def main():
@@ -339,8 +363,8 @@ aiovspawn.run(main())
 def test_memory_is_shown_again_at_the_exit(python: list[str]) -> None:
     code = """
 import asyncio, ctypes, struct, aiovspawn
-from aiovspawn import _core, _hub, run_process
-_hub.SWEEP_INTERVAL = 1000
+from aiovspawn import _core, run_process
+_core.sweep_interval(10**12)
 OPTIONS = {"seccomp": struct.pack("HBBI", 6, 0, 0, 0x7FFF0000), "no_new_privs": True}
 dumpable = lambda: ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)
 async def main():

@@ -245,8 +245,9 @@ static void hub_is_drained_by_one_at_a_time(void)
 
 static void launch_outlives_its_hub(void)
 {
-    struct hub *hub = new_hub(), *other = new_hub();
-    int fds = count_fds() - 1, returncode;
+    struct hub *other = new_hub();
+    int fds = count_fds(), returncode;
+    struct hub *hub = new_hub();
     struct launch *launch = start(hub, sleep_argv);
     hub_free(hub);
     CHECK(launch_watch(launch, LAUNCH_STDOUT, true) == 0);
