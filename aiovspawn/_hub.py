@@ -95,7 +95,14 @@ class LoopHub:
             # before our own context has been left.
             self._drain_for_later()
         elif not self._closed:
-            self._dispatch(self.core.drain)
+            try:
+                # In C: an event that was not returned yet cannot be lost. Most launches are told there.
+                self.core.drain(self.events, self.transports)
+                if self.events:
+                    self._dispatch()
+            finally:
+                if self.events:
+                    self._dispatch_later()
 
     def _drain_for_later(self) -> None:
         loop = self._loop()
@@ -151,7 +158,6 @@ class LoopHub:
         events, transports = self.events, self.transports
         try:
             if fill is not None:
-                # In C: an event that was not returned yet cannot be lost. Most launches are told there.
                 fill(events, transports)
             while events:
                 key, kind, value = events.popleft()
@@ -163,10 +169,13 @@ class LoopHub:
                 transport.on_event(kind, value)
         finally:
             # A KeyboardInterrupt may come between any two lines; an event comes only once.
-            if events and not self._closed:
-                loop = self._loop()
-                if loop is not None:
-                    loop.call_soon(self._dispatch)
+            if events:
+                self._dispatch_later()
+
+    def _dispatch_later(self) -> None:
+        loop = self._loop()
+        if loop is not None and not self._closed:
+            loop.call_soon(self._dispatch)
 
     def close(self) -> None:
         """Close the epoll set; the transports keep their launches, unwatched."""
