@@ -83,6 +83,7 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
 
     _deferred: Deferred
     _outputs: tuple[int, ...]
+    _unread: dict[int, weakref.ref[DeferredReader]]
     _unasked_pipes: dict[int, DeferredPipe]
     _heirs: dict[int, asyncio.StreamReader]
     """Of real ones: readers in place of those that could not be told."""
@@ -90,8 +91,8 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
     def _open(self) -> None:
         deferred, launch = self._deferred, self._launch
         protocol = deferred.protocol_of_its_own()
-        readers = {fd: getattr(protocol, OUTPUTS[fd]) for fd in self._outputs}
-        pipes = self._unasked_pipes
+        readers = {name: getattr(protocol, name) for name in OUTPUTS.values()}
+        pipes, unread = self._unasked_pipes, self._unread
         deferred.leave()
         self._opened_late = True
         self.__class__ = SubprocessTransport  # type: ignore[assignment]
@@ -103,13 +104,16 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
             self._pipes[fd] = pipe.become_real(self)
         protocol.connection_made(self)
         self._heirs = {}
-        for fd, reader in readers.items():
-            if not isinstance(reader, DeferredReader):  # it may be there all the same
-                self._heirs[fd] = getattr(protocol, OUTPUTS[fd])
-            elif reader._process is self:  # else all has been read
-                reader.become_real(self._pipes[fd])
+        for fd, reference in unread.items():
+            reader = reference()
             if reader is not None:
-                setattr(protocol, OUTPUTS[fd], reader)
+                readers[OUTPUTS[fd]] = reader
+                reader.become_real(self._pipes[fd])
+            else:  # the collector has cleared it, but a finalizer may give it back
+                self._heirs[fd] = getattr(protocol, OUTPUTS[fd])
+        for name, reader in readers.items():
+            if reader is not None:
+                setattr(protocol, name, reader)
         for kind, value in launch.stream():
             if kind != EXECED:
                 self.on_event(kind, value)
@@ -262,6 +266,7 @@ class DeferredReader(_Unasked, asyncio.StreamReader, attributes=OF_READER):
                 self._is_read = False
             output = launch.take_output(fd)
             if output is not None:
+                process._unread.pop(fd, None)
                 self._process = None
                 return output
         return await opened_for("read", self).read(n)
@@ -318,6 +323,7 @@ def _streams_of(deferred: Deferred, protocol: SubprocessStreamProtocol) -> Strea
     transport._launch = deferred.launch
     transport._loop = loop = deferred._loop
     transport._outputs = deferred.outputs()
+    transport._unread = unread = {}
     transport._unasked_pipes = {}
     for fd in transport._outputs:
         reader = new_object(DeferredReader)
@@ -326,6 +332,7 @@ def _streams_of(deferred: Deferred, protocol: SubprocessStreamProtocol) -> Strea
         reader._limit = deferred._limit
         reader._fd = fd
         reader._is_read = False
+        unread[fd] = weakref.ref(reader)
         setattr(protocol, OUTPUTS[fd], reader)
     deferred.protocol = weakref.ref(protocol)
     return transport, protocol

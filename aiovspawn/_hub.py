@@ -253,6 +253,13 @@ def close_hub(loop: asyncio.AbstractEventLoop) -> None:
         hub.close()
 
 
+def _before_fork() -> None:
+    for found in list(_hubs.values()):
+        hub = found()
+        if hub is not None:
+            hub.core.rest()
+
+
 def _after_fork_in_child() -> None:
     latest.pair = None
     # The loops are the parent's; closing our copies of their epoll fds is harmless to it.
@@ -263,4 +270,4 @@ def _after_fork_in_child() -> None:
     _hubs.clear()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

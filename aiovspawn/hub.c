@@ -622,6 +622,16 @@ static size_t count_undecided_locked(const struct hub *hub)
     return count;
 }
 
+/* Stops the timer if there is none: in a child that is forked now it would fire too, and could not be drained. */
+void hub_rest(struct hub *hub)
+{
+    launch_lock();
+    bool is_idle = hub->sweeping && !launch_is_foreign(hub->generation) && count_undecided_locked(hub) == 0;
+    if (is_idle && set_clock(hub->sweep_fd, 0, 0) == 0)
+        hub->sweeping = false;
+    launch_unlock();
+}
+
 static void drain_sweep_timer(struct hub *hub)
 {
     sweep_locked(hub);

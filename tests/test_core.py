@@ -383,6 +383,7 @@ def sweep(hub: _core.Hub) -> None:
     hub.sweep(deque())
     wait(hub)
     assert hub.undecided() == 0
+    hub.rest()
     assert child.poll() == 0
 
 
@@ -886,6 +887,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
     "Hub.sweeps": sweep,
+    "Hub.rest": sweep,
     "Hub.undecided": sweep,
     "Hub.close": lambda hub: _core.Hub().close(),
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),

@@ -418,6 +418,30 @@ def test_forked_child_does_not_look_for_an_exit_that_has_come(python: list[str])
     assert said[1:] == ["0", "False"]
 
 
+FORKED_IDLE_LOOP = """
+import asyncio, os, aiovspawn
+from aiovspawn._hub import LoopHub
+loop = aiovspawn.new_event_loop()
+async def start():
+    await (await aiovspawn.create_subprocess_exec("/bin/true")).wait()
+loop.run_until_complete(start())
+if os.fork() == 0:
+    paused = []
+    LoopHub._drain_as_child = lambda *_: paused.append(True)
+    loop.run_until_complete(asyncio.sleep(0.3))
+    print(paused, flush=True)
+    os._exit(0)
+os.wait()
+os._exit(0)
+"""
+
+
+def test_forked_child_is_not_kept_by_a_parent_that_launches_nothing(python: list[str]) -> None:
+    """There is nothing in the hub that the parent would have to drain, but does not while it waits."""
+    said = subprocess.check_output([*python[:1], "-W", "ignore", "-c", FORKED_IDLE_LOOP], text=True)
+    assert said == "[]\n"
+
+
 Use = Callable[[aiovspawn.Process], Awaitable[object]]
 
 

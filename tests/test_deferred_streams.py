@@ -365,6 +365,24 @@ async def test_a_line_for_the_reader_that_alone_is_left() -> None:
     await until_all_have_ended()
 
 
+@pytest.mark.parametrize("asked", ["the protocol", "the reader"])
+async def test_a_new_protocol_has_the_reader_that_is_left(asked: str) -> None:
+    """Of a transport whose protocol nobody has kept."""
+    process = await sh("sleep 0.1; echo out")
+    transport, reader = transport_of(process), reader_of(process)
+    del process
+    gc.collect()
+    if asked == "the reader":
+        assert not reader.at_eof()
+    stdout = transport.get_protocol().stdout
+    assert stdout is reader
+    reading = asyncio.create_task(stdout.read())
+    await asyncio.sleep(0)
+    assert not reader.at_eof()
+    assert await reading == b"out\n"
+    assert await transport._wait() == 0
+
+
 async def test_reference_counting_frees_it_all() -> None:
     gc.collect()
     gc.disable()
