@@ -254,8 +254,10 @@ def close_hub(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _before_fork() -> None:
-    for found in list(_hubs.values()):
-        hub = found()
+    for reference in _hubs.keyrefs():  # not values(): other threads may make loops meanwhile
+        loop = reference()
+        found = _hubs.get(loop) if loop is not None else None
+        hub = found() if found is not None else None
         if hub is not None:
             hub.core.rest()
 
