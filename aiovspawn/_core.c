@@ -570,11 +570,10 @@ static PyObject *Hub_sweeps(HubObject *self, PyObject *Py_UNUSED(unused))
     return PyBool_FromLong(hub_sweeps(self->hub));
 }
 
-/* rest(): before a fork, stops the timer of drain()'s sweeps if it has nothing to do. */
-static PyObject *Hub_rest(HubObject *self, PyObject *Py_UNUSED(unused))
+/* stop_sweeping() -> whether drain() has done so before, and does not any more. */
+static PyObject *Hub_stop_sweeping(HubObject *self, PyObject *Py_UNUSED(unused))
 {
-    hub_rest(self->hub);
-    Py_RETURN_NONE;
+    return PyBool_FromLong(hub_stop_sweeping(self->hub));
 }
 
 /* undecided() -> how many launches are neither known to have exec'd nor to have failed. */
@@ -590,7 +589,7 @@ static PyMethodDef Hub_methods[] = {
     {"drain", (PyCFunction)(void (*)(void))Hub_drain, METH_FASTCALL, NULL},
     {"sweep", (PyCFunction)(void (*)(void))Hub_sweep, METH_FASTCALL, NULL},
     {"sweeps", (PyCFunction)Hub_sweeps, METH_NOARGS, NULL},
-    {"rest", (PyCFunction)Hub_rest, METH_NOARGS, NULL},
+    {"stop_sweeping", (PyCFunction)Hub_stop_sweeping, METH_NOARGS, NULL},
     {"undecided", (PyCFunction)Hub_undecided, METH_NOARGS, NULL},
     {"close", (PyCFunction)Hub_close, METH_NOARGS, NULL},
     {"fileno", (PyCFunction)Hub_fileno, METH_NOARGS, NULL},

@@ -67,7 +67,7 @@ class LoopHub:
         """Look after launches whose status pipe some stranger may hold open.
 
         Where the kernel has no timer for the C hub, which does so itself: one of the loop would make each
-        of its turns dearer, by a fifth of what a launch costs.
+        of its turns dearer, by a fifth of what a launch costs. And after a fork.
         """
         if not self.sweeping:
             self._sweep_later()
@@ -110,13 +110,21 @@ class LoopHub:
             self.core.drain(self.events)
             loop.call_soon(self._dispatch, context=contextvars.Context())
 
+    def prepare_fork(self) -> None:
+        """Let the loop's timer do what the C hub's has done: a forked child would share that."""
+        if self.core.stop_sweeping():
+            self.sweeping = False
+            loop = self._loop()
+            if loop is not None and self.core.undecided():
+                with contextlib.suppress(Exception):  # it is closed
+                    loop.call_soon_threadsafe(self.await_verdict)
+
     def leave_to_parent(self) -> None:
         """In a forked child that may go on with the loop: the epoll set is not ours any more."""
         self._parent = os.getppid()
         self.events.clear()
-        self.sweeping = False
-        if self.transports:
-            with contextlib.suppress(RuntimeError):  # it is closed, or another thread's
+        if self.transports and not self.sweeping:
+            with contextlib.suppress(Exception):  # the loop is closed, or another thread's
                 self._sweep_later()
 
     def _drain_as_child(self, parent: int) -> None:
@@ -259,7 +267,7 @@ def _before_fork() -> None:
         found = _hubs.get(loop) if loop is not None else None
         hub = found() if found is not None else None
         if hub is not None:
-            hub.core.rest()
+            hub.prepare_fork()
 
 
 def _after_fork_in_child() -> None:

@@ -622,14 +622,21 @@ static size_t count_undecided_locked(const struct hub *hub)
     return count;
 }
 
-/* Stops the timer if there is none: in a child that is forked now it would fire too, and could not be drained. */
-void hub_rest(struct hub *hub)
+/* For good: in a child that is forked now the timer would fire too, and could not be drained. Tells whether it
+ * was there: whoever launches has to see to the sweeps then. */
+bool hub_stop_sweeping(struct hub *hub)
 {
+    struct epoll_event unused = {0};
     launch_lock();
-    bool is_idle = hub->sweeping && !launch_is_foreign(hub->generation) && count_undecided_locked(hub) == 0;
-    if (is_idle && set_clock(hub->sweep_fd, 0, 0) == 0)
+    bool stops = hub->sweep_fd >= 0 && !launch_is_foreign(hub->generation);
+    if (stops) {
+        (void)epoll_ctl(hub->epoll_fd, EPOLL_CTL_DEL, hub->sweep_fd, &unused);
+        (void)close(hub->sweep_fd);
+        hub->sweep_fd = -1;
         hub->sweeping = false;
+    }
     launch_unlock();
+    return stops;
 }
 
 static void drain_sweep_timer(struct hub *hub)

@@ -68,7 +68,7 @@ int hub_drain(struct hub *hub);
 int hub_sweep(struct hub *hub);
 bool hub_sweeps(const struct hub *hub);
 void hub_sweep_later_locked(struct hub *hub);
-void hub_rest(struct hub *hub);
+bool hub_stop_sweeping(struct hub *hub);
 size_t hub_undecided(const struct hub *hub);
 void hub_done(struct hub *hub);
 char *hub_scratch(struct hub *hub);

@@ -383,7 +383,14 @@ def sweep(hub: _core.Hub) -> None:
     hub.sweep(deque())
     wait(hub)
     assert hub.undecided() == 0
-    hub.rest()
+    other = _core.Hub()
+    assert [other.sweeps(), other.stop_sweeping(), other.stop_sweeping(), other.sweeps()] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    other.close()
     assert child.poll() == 0
 
 
@@ -887,7 +894,7 @@ LEAK_TESTS: dict[str, Callable[[_core.Hub], object]] = {
     "Hub.drain": lambda hub: (told_at_once(hub), told_at_once_fails(hub)),
     "Hub.sweep": sweep,
     "Hub.sweeps": sweep,
-    "Hub.rest": sweep,
+    "Hub.stop_sweeping": sweep,
     "Hub.undecided": sweep,
     "Hub.close": lambda hub: _core.Hub().close(),
     "Launch.close": lambda hub: finished(hub, b"/bin/true").close(),

@@ -419,27 +419,42 @@ def test_forked_child_does_not_look_for_an_exit_that_has_come(python: list[str])
 
 
 FORKED_IDLE_LOOP = """
-import asyncio, os, aiovspawn
-from aiovspawn._hub import LoopHub
+import asyncio, os, sys, aiovspawn
+from aiovspawn._hub import LoopHub, hub_of
 loop = aiovspawn.new_event_loop()
-async def start():
+async def launch():
     await (await aiovspawn.create_subprocess_exec("/bin/true")).wait()
-loop.run_until_complete(start())
+async def leave_one():
+    task = asyncio.create_task(aiovspawn.run_process(["/bin/sleep", "1"]))
+    await asyncio.sleep(0)
+    assert hub_of(loop).core.undecided() == 1
+    return task
+loop.run_until_complete(launch())
+if sys.argv[1] == "one in flight":
+    task = loop.run_until_complete(leave_one())
+read, write = os.pipe()
 if os.fork() == 0:
+    os.read(read, 1)
     paused = []
     LoopHub._drain_as_child = lambda *_: paused.append(True)
     loop.run_until_complete(asyncio.sleep(0.3))
     print(paused, flush=True)
     os._exit(0)
+if sys.argv[1] == "launched after it":
+    loop.run_until_complete(launch())
+os.write(write, b"x")
 os.wait()
+if sys.argv[1] == "one in flight":
+    loop.run_until_complete(task)
 os._exit(0)
 """
 
 
-def test_forked_child_is_not_kept_by_a_parent_that_launches_nothing(python: list[str]) -> None:
+@pytest.mark.parametrize("launches", ["none", "one in flight", "launched after it"])
+def test_forked_child_is_not_kept_by_a_parent_that_waits(python: list[str], launches: str) -> None:
     """There is nothing in the hub that the parent would have to drain, but does not while it waits."""
-    said = subprocess.check_output([*python[:1], "-W", "ignore", "-c", FORKED_IDLE_LOOP], text=True)
-    assert said == "[]\n"
+    command = [*python[:1], "-W", "ignore", "-c", FORKED_IDLE_LOOP, launches]
+    assert subprocess.check_output(command, text=True) == "[]\n"
 
 
 Use = Callable[[aiovspawn.Process], Awaitable[object]]
