@@ -217,6 +217,8 @@ class OneShot(Attempts):
             self._wait_for_group()
 
     def _abandon(self) -> None:
+        if self._launch.poll() is not None:
+            return  # it is dead, and the news of that waits for its turn
         warn_of_survivor(self._launch.pid, self)
         self._finish()
 

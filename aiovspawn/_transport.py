@@ -137,7 +137,7 @@ class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
             with contextlib.suppress(asyncio.CancelledError):
                 await waiter
         timer.cancel()
-        if self._returncode is None:
+        if self._returncode is None and self._launch.poll() is None:
             warn_of_survivor(self._launch.pid, self)
 
     # ---- events of the hub -------------------------------------------------

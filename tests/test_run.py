@@ -32,7 +32,7 @@ from conftest import HERE, LOOP_FACTORIES, SHARED, children, on_loop, open_pipes
 import aiovspawn
 from aiovspawn import DEVNULL, PIPE, STDOUT, OutputLimitExceeded, _core, run_process
 from aiovspawn._launch import ladder
-from aiovspawn._limits import DEFAULT
+from aiovspawn._limits import DEFAULT, KILL_TIMEOUT
 
 suite = pytest.importorskip("test.test_subprocess", reason="this Python comes without its tests")
 
@@ -845,6 +845,17 @@ async def test_one_sweep_leaves_a_pidfd_of_each_launch() -> None:
     finally:
         _core.share_fds_from(-1)
         _core.sweep_interval(10**8)
+
+
+async def test_nobody_has_survived_whose_exit_waits_to_be_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop stands still from the moment of their end on: then there is more than one drain tells."""
+    loop = asyncio.get_running_loop()
+    runs = [asyncio.ensure_future(run_process(["sleep", "1000"], timeout=0.1)) for _ in range(40)]
+    loop.call_later(0.05, time.sleep, 0.25)  # they are all killed in one turn, and in that:
+    loop.call_later(0.2, time.sleep, KILL_TIMEOUT + 0.2)
+    found = await asyncio.gather(*runs, return_exceptions=True)
+    assert {type(exc) for exc in found} == {subprocess.TimeoutExpired}
+    assert not caplog.records
 
 
 # ---- what is watched, and when -----------------------------------------------------------
