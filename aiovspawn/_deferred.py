@@ -19,10 +19,10 @@ from subprocess import PIPE
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from ._attempts import launch_awaited, plain_failure
-from ._hub import LoopHub, hub_of, latest
+from ._attempts import launch_awaited, launch_plain
+from ._hub import LoopHub, hub_of
 from ._request import Plain, Request, plain_request, request_of
-from ._steps import DEFAULT_STEPS, plain_steps
+from ._steps import plain_steps
 from ._transport import SubprocessTransport, start_subprocess, until_it_runs
 
 if TYPE_CHECKING:
@@ -181,22 +181,16 @@ def launch_deferred(
 
     hub: None for that of the loop.
     """
-    steps = plain_steps(keywords) if keywords else DEFAULT_STEPS
+    steps = plain_steps(keywords)
     if steps is None or not (stdin is None or (type(stdin) is int and stdin != PIPE)):
         return None
-    hub = hub or _core.latest_hub(latest.pair, loop) or hub_of(loop)
+    hub = hub or hub_of(loop)
     if hub is None or not (type(limit) is int and 0 < limit <= LIMIT_MAX) or loop.get_debug():
         return None
     request: Request | Plain
     started = None
     if stdin is None and not shell:
-        # As launch_plain() does it:
-        if not hub.sweeping:
-            hub.await_verdict()
-        try:
-            started = hub.core.launch_plain(hub.transports, args, stdout, stderr, steps, 2 * limit, True)
-        except OSError as exc:
-            raise plain_failure(args, stdout, stderr, steps, exc) from None
+        started = launch_plain(hub, args, stdout, stderr, steps, 2 * limit, True)
         request = args, stdout, stderr, steps
     if started is None:
         request = plain_request(args, shell, stdin, stdout, stderr, steps)

@@ -20,6 +20,7 @@ from ._deferred import Deferred, Streams, launch_deferred
 from ._hub import EXECED, EXITED, LoopHub
 from ._pipes import ReadPipe, WritePipe
 from ._transport import RUNNING, SubprocessTransport, start_subprocess
+from ._unopened import Unopened
 
 T = TypeVar("T")
 
@@ -36,26 +37,10 @@ class _Unasked:
 
     def __init_subclass__(cls, attributes: Iterable[str]) -> None:
         for name in attributes:
-            setattr(cls, name, _OfOpened(name))
+            setattr(cls, name, Unopened(name))
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
         raise NotImplementedError
-
-
-class _OfOpened:
-    """An attribute that the objects of a class lack until they are opened; what they have hides it.
-
-    Not by __getattr__(): where a class has that, the interpreter looks up every attribute at length.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, unasked: _Unasked | None, owner: type) -> Any:
-        if unasked is None:
-            raise AttributeError(f"type object {owner.__name__!r} has no attribute {self._name!r}")
-        unasked._open()
-        return getattr(unasked, self._name)
 
 
 def opened(unasked: T) -> T:
@@ -88,7 +73,7 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
     _heirs: dict[int, asyncio.StreamReader]
     """Of real ones: readers in place of those that could not be told."""
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
         deferred, launch = self._deferred, self._launch
         protocol = deferred.protocol_of_its_own()
         readers = {name: getattr(protocol, name) for name in OUTPUTS.values()}
@@ -117,6 +102,7 @@ class DeferredTransport(_Unasked, SubprocessTransport, attributes=OF_TRANSPORT):
         for kind, value in launch.stream():
             if kind != EXECED:
                 self.on_event(kind, value)
+        return True
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} pid={self._launch.pid}>"
@@ -165,13 +151,14 @@ class DeferredPipe(_Unasked, ReadPipe, attributes=OF_PIPE):
     _left: bool
     """It has been closed, and the process has forgotten it."""
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
         if self._left:
             self.become_real(self.process)
             self._closing = self.disconnected = True
             del self.process
         else:
             opened(self.process)
+        return True
 
     def become_real(self, process: SubprocessTransport) -> ReadPipe:
         """Be a ReadPipe from now on."""
@@ -203,7 +190,7 @@ class DeferredReader(_Unasked, asyncio.StreamReader, attributes=OF_READER):
     _loop: asyncio.AbstractEventLoop
     _limit: int
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
         if self._process is None:
             self.become_real(None)
             asyncio.StreamReader.feed_eof(self)
@@ -211,6 +198,7 @@ class DeferredReader(_Unasked, asyncio.StreamReader, attributes=OF_READER):
             process = opened(self._process)
             if isinstance(self, DeferredReader):
                 self._inherit(process)
+        return True
 
     def _inherit(self, process: DeferredTransport) -> None:
         """Be the one that has been made in its place."""

@@ -186,11 +186,7 @@ def subprocess_exec(
         raise ValueError("shell must be False")
     if not TEXT_KEYWORDS.isdisjoint(keywords):
         _reject_text(keywords)
-    hub = None
-    if ladder.way == "core" and ladder.adopts:
-        hub = ladder.core.latest_hub(ladder.latest.pair, loop)
-    if hub is None:
-        hub = ladder.hub_for(loop, keywords)
+    hub = ladder.hub_for(loop, keywords)
     if hub is None:
         return delegate(protocol_factory, *args, **keywords)
     return (start or ladder.start)(hub, loop, protocol_factory, args, ladder.way == "popen", False, keywords)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ._launch import ladder, subprocess_exec, subprocess_shell
 from ._terminal import Terminal
+from ._unopened import Unopened
 
 if TYPE_CHECKING:
     from ._deferred import Deferred
@@ -51,24 +52,6 @@ class StreamsFactory:
         return SubprocessStreamProtocol(limit=self.limit, loop=self.loop)
 
 
-class _OfStreams:
-    """An attribute that a Process gets when it is first asked for, with the streams.
-
-    Not by __getattr__(): where a class has that, the interpreter looks up every attribute at length.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __get__(self, process: Process | None, owner: type) -> Any:
-        if process is None or process._deferred is None:
-            raise AttributeError(
-                f"{owner.__name__!r} object has no attribute {self._name!r}", name=self._name, obj=process
-            )
-        process._open_streams()
-        return getattr(process, self._name)
-
-
 class Process(asyncio.subprocess.Process):
     """An asyncio.subprocess.Process whose returncode is true when read.
 
@@ -105,12 +88,13 @@ class Process(asyncio.subprocess.Process):
         self.pid = deferred.launch.pid
         return self
 
-    def _open_streams(self) -> None:
-        deferred = self._deferred
-        assert deferred is not None
-        transport, protocol = deferred.open()
+    def _open(self) -> bool:
+        if self._deferred is None:
+            return False
+        transport, protocol = self._deferred.open()
         self._deferred = None
         super().__init__(transport, protocol, self._loop)
+        return True
 
     @property
     def returncode(self) -> int | None:
@@ -227,7 +211,7 @@ class Process(asyncio.subprocess.Process):
 
 
 for _name in OF_STREAMS:
-    setattr(Process, _name, _OfStreams(_name))
+    setattr(Process, _name, Unopened(_name))
 
 
 def _process_of(started: Any, loop: asyncio.AbstractEventLoop) -> Process:

@@ -20,10 +20,11 @@ import pytest
 
 import aiovspawn
 from aiovspawn import _core
-from aiovspawn._deferred_streams import DeferredPipe, DeferredReader, DeferredTransport, _OfOpened
+from aiovspawn._deferred_streams import DeferredPipe, DeferredReader, DeferredTransport
 from aiovspawn._hub import hub_of
 from aiovspawn._pipes import ReadPipe
 from aiovspawn._transport import SubprocessTransport
+from aiovspawn._unopened import Unopened
 
 LIMIT = 1000
 """Of the streams."""
@@ -531,7 +532,7 @@ async def test_all_that_they_lack_has_them_opened() -> None:
         assert lacked
         lacked |= {"_extra"} if isinstance(each, asyncio.BaseTransport) else set()  # a slot
         for name in lacked:
-            opens = isinstance(inspect.getattr_static(kind, name), _OfOpened)
+            opens = isinstance(inspect.getattr_static(kind, name), Unopened)
             assert opens or hasattr(type(each), name)
             if opens:
                 with pytest.raises(AttributeError):
