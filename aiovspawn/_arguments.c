@@ -29,6 +29,14 @@ static bool is_encoded(PyObject *string)
            !memchr(PyUnicode_1BYTE_DATA(string), 0, (size_t)PyUnicode_GET_LENGTH(string));
 }
 
+bool arguments_are_encoded(PyObject *list)
+{
+    Py_ssize_t first = 0;
+    while (first < PyList_GET_SIZE(list) && is_encoded(PyList_GET_ITEM(list, first)))
+        first++;
+    return first == PyList_GET_SIZE(list);
+}
+
 /* A tuple of encoded strings, NUL-free, from a sequence of str, bytes or PathLike. */
 PyObject *arguments_encode(PyObject *sequence)
 {
@@ -61,12 +69,12 @@ static const char *string_of(PyObject *encoded, size_t *ret_size)
     return is_str ? (const char *)PyUnicode_1BYTE_DATA(encoded) : PyBytes_AS_STRING(encoded);
 }
 
-static size_t strings_size(PyObject *tuple)
+static size_t strings_size(PyObject *sequence)
 {
-    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
     size_t size = ((size_t)count + 1) * sizeof(char *) + 16, length;
     for (Py_ssize_t i = 0; i < count; i++) {
-        (void)string_of(PyTuple_GET_ITEM(tuple, i), &length);
+        (void)string_of(PySequence_Fast_GET_ITEM(sequence, i), &length);
         size += length + 1 + 15;
     }
     return size;
@@ -82,20 +90,33 @@ static char *put_string(struct block *block, const char *string, size_t length)
     return copy;
 }
 
-static char **put_strings(struct block *block, PyObject *tuple)
+static char **put_strings(struct block *block, PyObject *sequence)
 {
-    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    Py_ssize_t count = PySequence_Fast_GET_SIZE(sequence);
     char **array = block_take(block, ((size_t)count + 1) * sizeof *array);
     if (!array)
         return NULL;
     for (Py_ssize_t i = 0; i < count; i++) {
         size_t length;
-        const char *string = string_of(PyTuple_GET_ITEM(tuple, i), &length);
+        const char *string = string_of(PySequence_Fast_GET_ITEM(sequence, i), &length);
         array[i] = put_string(block, string, length);
         if (!array[i])
             return NULL;
     }
     array[count] = NULL;
+    return array;
+}
+
+/* The programs to be tried, the strings of argv being there. */
+static char **put_programs(struct block *block, PyObject *programs, char **argv)
+{
+    if (programs)
+        return put_strings(block, programs);
+    char **array = block_take(block, 2 * sizeof *array);
+    if (array) {
+        array[0] = argv[0];
+        array[1] = NULL;
+    }
     return array;
 }
 
@@ -189,7 +210,8 @@ static size_t arena_size(const struct launch_arguments *args)
     size_t table = spawn_step_bound(&counted) * sizeof(struct spawn_step) + 16;
     size_t fds = counted.pass_fd_count * sizeof(int) + 16;
     size_t env = args->env ? strings_size(args->env) : 0;
-    return steps + table + fds + env + strings_size(args->argv) + strings_size(args->programs);
+    return steps + table + fds + env + strings_size(args->argv) +
+           (args->programs ? strings_size(args->programs) : 2 * sizeof(char *));
 }
 
 static bool fill_block(struct block *block, const struct launch_arguments *args)
@@ -199,9 +221,10 @@ static bool fill_block(struct block *block, const struct launch_arguments *args)
         PyErr_NoMemory();
         return false;
     }
+    char **argv = put_strings(block, args->argv);
     *request = (struct spawn_request){
-        .programs = (const char *const *)put_strings(block, args->programs),
-        .argv = put_strings(block, args->argv),
+        .programs = argv ? (const char *const *)put_programs(block, args->programs, argv) : NULL,
+        .argv = argv,
         .envp = args->env ? put_strings(block, args->env) : block->environment->strings,
         .stdio = {args->stdio[0], args->stdio[1], args->stdio[2]},
         .pipe_size = args->pipe_size,

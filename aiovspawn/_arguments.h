@@ -13,7 +13,8 @@
 
 /* The arguments of Hub.launch(), borrowed, or encoded and owned. */
 struct launch_arguments {
-    PyObject *programs, *argv, *env; /* encoded; env: NULL for the C environment */
+    PyObject *programs; /* NULL for the first of argv alone */
+    PyObject *argv, *env; /* encoded, tuples or lists; env: NULL for the C environment */
     PyObject *pass_fds, *steps;
     int stdio[3];
     int close_fds, pipe_size, may_share;
@@ -24,6 +25,7 @@ struct launch_arguments {
 
 void arguments_init(void);
 PyObject *arguments_encode(PyObject *sequence);
+bool arguments_are_encoded(PyObject *list);
 struct block *arguments_block(const struct launch_arguments *args);
 
 #endif

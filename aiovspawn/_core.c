@@ -302,17 +302,31 @@ static bool begins_with_path(PyObject *arguments)
     return PyUnicode_CheckExact(program) && PyUnicode_FindChar(program, '/', 0, PyUnicode_GET_LENGTH(program), 1) >= 0;
 }
 
+/* Arguments that are their own encodings are taken from the list itself: until the block has its copies no
+ * Python code runs. */
+static bool encode_plain(PyObject *program, PyObject *arguments, struct launch_arguments *args)
+{
+    bool begins = PyList_GET_SIZE(arguments) > 0 && PyList_GET_ITEM(arguments, 0) == program;
+    if (begins && arguments_are_encoded(arguments)) {
+        args->argv = Py_NewRef(arguments);
+        return true;
+    }
+    PyObject *programs = PyTuple_Pack(1, program);
+    args->programs = programs ? arguments_encode(programs) : NULL;
+    args->argv = args->programs ? arguments_encode(arguments) : NULL;
+    Py_XDECREF(programs);
+    return args->argv != NULL;
+}
+
 /* The launch of what plain_request() in _request.py would make of these, audited. */
 static LaunchObject *launch_arguments(HubObject *self, PyObject *arguments, struct launch_arguments *args)
 {
     PyObject *launch = NULL;
-    PyObject *program = PyTuple_Pack(1, PyList_GET_ITEM(arguments, 0)); /* a hook may change the list */
-    if (program && PySys_Audit("subprocess.Popen", "OOOO", PyTuple_GET_ITEM(program, 0), arguments, Py_None, Py_None) == 0) {
-        args->programs = arguments_encode(program);
-        args->argv = args->programs ? arguments_encode(arguments) : NULL;
-        launch = args->argv ? launch_with(self, args) : NULL;
-    }
-    Py_XDECREF(program);
+    PyObject *program = Py_NewRef(PyList_GET_ITEM(arguments, 0)); /* a hook may change the list */
+    if (PySys_Audit("subprocess.Popen", "OOOO", program, arguments, Py_None, Py_None) == 0 &&
+        encode_plain(program, arguments, args))
+        launch = launch_with(self, args);
+    Py_DECREF(program);
     Py_CLEAR(args->programs);
     Py_CLEAR(args->argv);
     return (LaunchObject *)launch;
