@@ -29,6 +29,10 @@ LOG_THRESHOLD_FOR_LOST_WRITES = 5
 """As asyncio.constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES."""
 
 
+SLOTS = ("process", "fd", "disconnects", "disconnected", "_launch", "_closing", "_paused", "_file")
+"""Why: see SubprocessTransport."""
+
+
 class _Pipe:
     """What both directions share: the fd, its end, and who is told of it."""
 
@@ -96,6 +100,8 @@ class _Pipe:
 class ReadPipe(_Pipe, asyncio.ReadTransport):
     """The parent's end of the child's stdout or stderr."""
 
+    __slots__ = (*SLOTS, "_left")  # _left: of a DeferredPipe
+
     def on_event(self, value: bytes | int) -> None:
         """Take what the hub has read: bytes, none at the end, or an errno."""
         if self._closing:
@@ -133,6 +139,8 @@ class ReadPipe(_Pipe, asyncio.ReadTransport):
 # asyncio: water marks, and pause_writing()/resume_writing() of self._protocol.
 class WritePipe(_Pipe, transports._FlowControlMixin, asyncio.WriteTransport):
     """The parent's end of the child's stdin."""
+
+    __slots__ = (*SLOTS, "_buffer", "_buffered", "_lost_writes")
 
     def __init__(self, process: SubprocessTransport, launch: _core.Launch, fd: int) -> None:
         _Pipe.__init__(self, process, launch, fd)

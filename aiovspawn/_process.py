@@ -63,8 +63,9 @@ class Process(asyncio.subprocess.Process):
     _transport: SubprocessTransport
     _loop: asyncio.AbstractEventLoop
 
-    _deferred: Deferred | None = None
-    """What there is instead, until somebody asks for it or for the streams."""
+    _deferred: Deferred | None
+    """What there is instead, until somebody asks for it or for the streams. None is each object's own:
+    what hides an attribute of the class is read at length."""
 
     pty: Terminal | None = None
     """The program's terminal, where pty= has given it one; stdin and stdout are None then."""
@@ -75,6 +76,7 @@ class Process(asyncio.subprocess.Process):
         protocol: SubprocessStreamProtocol,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        self._deferred = None
         super().__init__(transport, protocol, loop)
         if self.stdin is not None and self.stdout is not None and getattr(transport, "has_terminal", bool)():
             self.pty = Terminal(self._transport, self.stdout, self.stdin)

@@ -54,6 +54,14 @@ LAUNCHING, RUNNING, FINISHED, ABANDONED = State
 class SubprocessTransport(Attempts, asyncio.SubprocessTransport):
     """A child process of a loop; see asyncio.SubprocessTransport."""
 
+    # asyncio's has a slot, and of an object that has one CPython 3.13 finds what is in its dict at length.
+    __slots__ = (
+        *("_asked", "_hub", "_keeper", "_launch", "_limit", "_loop", "_may_share_fds", "_retry_timer"),
+        *("_at_once", "_closed", "_exit_told", "_exit_waiters", "_held_back", "_keeps_pidfd", "_pipes"),
+        *("_protocol", "_returncode", "_scheduled", "_state", "context", "verdict"),
+        *("_deferred", "_outputs", "_unasked_pipes", "_unread"),  # of a DeferredTransport
+    )
+
     _extra: dict[str, Any]
     _opened_late = False
     """It was a DeferredTransport."""
